@@ -1,0 +1,48 @@
+"""A durable task queue in the application's own Postgres."""
+
+from sqlqueue.errors import (
+    BadArguments,
+    Cancel,
+    IdOutOfRange,
+    JobFailed,
+    JobNotFound,
+    LeaseLost,
+    NotEnded,
+    NotRepresentable,
+    RetryIn,
+    SchemaMismatch,
+    Snooze,
+    SqlqueueError,
+    UnsupportedTransaction,
+)
+from sqlqueue.job import Job
+from sqlqueue.migrate import migrate
+from sqlqueue.options import Options
+from sqlqueue.queue import Queue
+from sqlqueue.retry import Retry
+from sqlqueue.task import Call, Task
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BadArguments",
+    "Call",
+    "Cancel",
+    "IdOutOfRange",
+    "Job",
+    "JobFailed",
+    "JobNotFound",
+    "LeaseLost",
+    "NotEnded",
+    "NotRepresentable",
+    "Options",
+    "Queue",
+    "Retry",
+    "RetryIn",
+    "SchemaMismatch",
+    "Snooze",
+    "SqlqueueError",
+    "Task",
+    "UnsupportedTransaction",
+    "migrate",
+]

@@ -1,0 +1,126 @@
+"""One job, as whoever enqueued it sees it."""
+
+import asyncio
+import time
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from uuid import UUID
+
+from sqlqueue.codec import decode_value
+from sqlqueue.errors import JobFailed, JobNotFound, NotEnded
+
+if TYPE_CHECKING:
+    from sqlqueue.queue import Queue
+
+R = TypeVar("R")
+LIVE = ("scheduled", "ready", "running")
+
+
+class Job(Generic[R]):
+    """A job that was enqueued. Its id is known before the commit; all else is read.
+
+    What is read is kept until `refresh`: state, queue, task, run, attempt, created_at, due_at,
+    started_at, ended_at, error_type, error and traceback. Reading raises JobNotFound for a job
+    that was not committed, or whose history has been dropped.
+    """
+
+    def __init__(self, queue: "Queue", job_id: UUID) -> None:
+        self.id = job_id
+        self._queue = queue
+        self._row: Any = None
+
+    def __repr__(self) -> str:
+        return f"Job({str(self.id)!r})"
+
+    @classmethod
+    def get(cls, queue: "Queue", job_id: UUID | str) -> "Job[Any]":
+        """Return the job with this id. Raises JobNotFound if there is none."""
+        return Job[Any](queue, UUID(str(job_id))).refresh()
+
+    def refresh(self) -> "Job[R]":
+        """Read the job again; return it."""
+        with self._queue.autocommit() as conn:
+            self._row = self._queue.store.job(conn, str(self.id))
+        if self._row is None:
+            raise JobNotFound(self.id)
+        return self
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        if self._row is None:
+            self.refresh()
+        return getattr(self._row, name)
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether the job had ended when it was last read."""
+        return self.state not in LIVE
+
+    @property
+    def result(self) -> R:
+        """What the task returned, coerced by its return annotation if the task is known here.
+
+        None if the job was enqueued with keep=False. Raises NotEnded if it had not ended when
+        last read, JobFailed if it ended without success.
+        """
+        if not self.has_ended:
+            raise NotEnded(self.id, self.state)
+        if self.state != "succeeded":
+            error = ": ".join(one for one in (self.error_type, self.error) if one)
+            raise JobFailed(self.id, self.state, error, self.traceback)
+        text = self._row.result
+        task = self._queue.tasks.get(self.task)
+        result: R = decode_value(text or "null", task.returns if task else None)
+        return result
+
+    def wait(self, timeout: timedelta | None = None) -> R:
+        """Wait until the job has ended and return its result.
+
+        Raises NotEnded after `timeout`, JobFailed if it ended without success, JobNotFound if
+        it does not exist: wait for what has been committed.
+        """
+        for pause in self._pauses(timeout):
+            time.sleep(pause)
+        return self.result
+
+    async def await_result(self, timeout: timedelta | None = None) -> R:
+        """Do what `wait` does, without blocking the event loop."""
+        pauses = self._pauses(timeout)
+        while (pause := await asyncio.to_thread(next, pauses, None)) is not None:
+            await asyncio.sleep(pause)
+        return self.result
+
+    def _pauses(self, timeout: timedelta | None) -> Iterator[float]:
+        """Read the job until it has ended or the time is over; yield the pauses in between."""
+        deadline = time.monotonic() + timeout.total_seconds() if timeout else float("inf")
+        pause = 0.002
+        while not self.refresh().has_ended and (left := deadline - time.monotonic()) > 0:
+            yield min(pause, left)
+            pause = min(pause * 1.5, 0.25)
+
+    def cancel(self, reason: str = "cancelled by request") -> bool:
+        """End the job as cancelled; return False if it had ended already.
+
+        A job that is ready or scheduled ends at once. A running one is told; it ends as
+        cancelled unless it succeeds first. The request is durable, and committed before the
+        job is looked for, so that a job which moves meanwhile is not missed.
+        """
+        job_id, store = str(self.id), self._queue.store
+        with self._queue.autocommit() as conn:
+            store.request_cancel(conn, job_id, reason)
+            if store.cancel_ready(conn, job_id, reason):
+                return True
+            if store.cancel_scheduled(conn, job_id, reason):
+                return True
+            store.ring_cancel(conn, job_id)
+        return not self.refresh().has_ended or self.state == "cancelled"
+
+    def retry(self) -> bool:
+        """Make the job ready again, with all its attempts; return whether that was possible.
+
+        Possible if it ended without success. Its past runs are kept.
+        """
+        with self._queue.autocommit() as conn:
+            return self._queue.store.retry(conn, str(self.id))

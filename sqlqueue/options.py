@@ -1,0 +1,130 @@
+"""The options of a job: what they are, and which values are refused.
+
+Options are resolved once, at enqueue (call, then task, then queue, then default), and written
+to the job. A worker reads the row, never the configuration of whoever enqueued.
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from datetime import datetime, timedelta
+from functools import cached_property
+from typing import Any
+
+from sqlqueue.literal import array
+from sqlqueue.retry import Retry
+
+NAME = re.compile(r"[A-Za-z0-9_.:-]{1,100}")
+MAX_HEADER_BYTES = 8 * 1024
+EXECUTORS = ("async", "thread", "process")
+
+
+def check_name(what: str, name: str) -> str:
+    """Return `name`, or raise ValueError if it is no name of a task or queue."""
+    if not isinstance(name, str) or not NAME.fullmatch(name):
+        raise ValueError(f"{what} must match {NAME.pattern}, got {name!r}")
+    return name
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """How a job is to be run.
+
+    queue        where it waits
+    priority     -100 to 100, small is urgent
+    delay        not to start before this has passed, from the enqueuing transaction's start
+    run_at       not to start before this instant
+    expires      ends as expired unless started within this time, or by this instant
+    timeout      longest running time of one run; None for no limit
+    retry        what happens after a failure
+    max_crashes  runs that took their worker down after which it ends as failed
+    executor     async, thread or process; None: by the kind of function
+    keep         whether the value of the result is stored
+    tags         words for people and tools
+    description  for people
+    headers      strings by name, for tools; at most 8 KiB as JSON
+    """
+
+    queue: str = "default"
+    priority: int = 0
+    delay: timedelta | None = None
+    run_at: datetime | None = None
+    expires: timedelta | datetime | None = None
+    timeout: timedelta | None = timedelta(minutes=5)
+    retry: Retry = field(default_factory=Retry)
+    max_crashes: int = 3
+    executor: str | None = None
+    keep: bool = True
+    tags: Sequence[str] = ()
+    description: str | None = None
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_name("queue", self.queue)
+        if not -100 <= self.priority <= 100:
+            raise ValueError(f"priority must be from -100 to 100, got {self.priority}")
+        if self.delay is not None and self.run_at is not None:
+            raise ValueError("give delay or run_at, not both")
+        if self.delay is not None and self.delay < timedelta(0):
+            raise ValueError(f"delay must not be negative, got {self.delay}")
+        for name in ("run_at", "expires"):
+            instant = getattr(self, name)
+            if isinstance(instant, datetime) and instant.tzinfo is None:
+                raise ValueError(f"{name} must be an aware datetime, one with a time zone")
+        if self.timeout is not None and self.timeout <= timedelta(0):
+            raise ValueError(f"timeout must be more than 0, or None, got {self.timeout}")
+        if not 1 <= self.max_crashes <= 32767:
+            raise ValueError(f"max_crashes must be from 1 to 32767, got {self.max_crashes}")
+        if self.executor not in (None, *EXECUTORS):
+            raise ValueError(f"executor must be one of {EXECUTORS}, got {self.executor!r}")
+        self._check_words()
+
+    def _check_words(self) -> None:
+        if isinstance(self.tags, str):
+            raise TypeError("tags must be a sequence of strings, not one string")
+        words = [*self.tags, self.description or "", *self.headers, *self.headers.values()]
+        for word in words:
+            if not isinstance(word, str):
+                raise TypeError("tags, description and headers must be strings")
+            if "\0" in word or not word.isascii() and _has_surrogate(word):
+                raise ValueError("tags, description and headers must hold no NUL or surrogate")
+        if len(json.dumps(dict(self.headers)).encode()) > MAX_HEADER_BYTES:
+            raise ValueError(f"headers must be at most {MAX_HEADER_BYTES} bytes as JSON")
+
+    def changed(self, changes: Mapping[str, Any]) -> "Options":
+        """Return these options with some changed.
+
+        Raises TypeError for a name that is no option, ValueError for a value that is refused.
+        """
+        names = [one.name for one in fields(self)]
+        for name in changes:
+            if name not in names:
+                raise TypeError(f"unknown option {name!r}; the options are {', '.join(names)}")
+        return replace(self, **changes) if changes else self
+
+    @cached_property
+    def params(self) -> dict[str, Any]:
+        """The parameters of enqueue.sql; made once, since tasks share their options."""
+        is_relative = isinstance(self.expires, timedelta)
+        return {
+            "queue": self.queue,
+            "priority": self.priority,
+            "attempts": self.retry.attempts,
+            "max_crashes": self.max_crashes,
+            "keep": self.keep,
+            "delay": self.delay,
+            "run_at": self.run_at,
+            "expires_in": self.expires if is_relative else None,
+            "expires_at": None if is_relative else self.expires,
+            "timeout": self.timeout,
+            "retry": self.retry.to_json(),
+            "executor": self.executor,
+            "tags": array(self.tags) if self.tags else None,
+            "description": self.description,
+            "headers": json.dumps(dict(self.headers)) if self.headers else None,
+        }
+
+
+def _has_surrogate(word: str) -> bool:
+    return any("\ud800" <= letter <= "\udfff" for letter in word)

@@ -1,0 +1,133 @@
+"""What happens after a failure: the policy, its form in the row, and the wait it draws."""
+
+import json
+import math
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+
+ErrorClass = type[BaseException] | str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Retry:
+    """When to run a failed job again.
+
+    attempts    runs that may fail, the first included; at least 1
+    base        longest wait after the first failure, if there are no `waits`
+    limit       longest wait after any failure; at least `base`
+    waits       the wait after each failure, the last one for all that follow: one is a fixed wait
+    give_up_on  exception classes after which the job ends at once
+    by_error    another policy for some exception classes; the first that matches counts
+    decide      called with the exception and the number of failures: the wait, or None to end
+
+    Classes match by name, with their subclasses; they may be given as text, "package.Error".
+    Everything but `decide` is written to the job; `decide` is asked of the task as the worker
+    knows it.
+    """
+
+    attempts: int = 10
+    base: timedelta = timedelta(seconds=2)
+    limit: timedelta = timedelta(hours=1)
+    waits: Sequence[timedelta] = ()
+    give_up_on: Sequence[ErrorClass] = ()
+    by_error: Mapping[ErrorClass, "Retry"] = field(default_factory=dict)
+    decide: Callable[[BaseException, int], timedelta | None] | None = None
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.attempts <= 32767:
+            raise ValueError(f"attempts must be from 1 to 32767, got {self.attempts}")
+        if not timedelta(0) < self.base <= self.limit:
+            raise ValueError(f"need 0 < base <= limit, got {self.base}, {self.limit}")
+        if any(wait < timedelta(0) for wait in self.waits):
+            raise ValueError("waits must not be negative")
+
+    def to_json(self) -> str | None:
+        """Write the policy for the job's row; None for the default waits.
+
+        The number of attempts is not in it: it has a column of its own.
+        """
+        stored = self._stored()
+        return json.dumps(stored) if stored else None
+
+    def _stored(self) -> dict[str, object]:
+        stored: dict[str, object] = {}
+        if (self.base, self.limit) != (Retry.base, Retry.limit):
+            stored |= {"base": self.base.total_seconds(), "limit": self.limit.total_seconds()}
+        if self.waits:
+            stored["waits"] = [wait.total_seconds() for wait in self.waits]
+        if self.give_up_on:
+            stored["give_up_on"] = [_name(one) for one in self.give_up_on]
+        if self.by_error:
+            stored["by_error"] = [
+                [_name(one), policy.attempts, policy._stored()]
+                for one, policy in self.by_error.items()
+            ]
+        if self.decide:
+            stored["decide"] = True
+        return stored
+
+    @classmethod
+    def from_json(cls, attempts: int, text: str | None, declared: "Retry | None" = None) -> "Retry":
+        """Read the policy from the job's row; `declared` is the task's own, for its `decide`."""
+        return cls._restored(attempts, json.loads(text) if text else {}, declared)
+
+    @classmethod
+    def _restored(cls, attempts: int, stored: dict[str, object], declared: "Retry | None") -> "Retry":
+        waits: list[float] = stored.get("waits", [])  # type: ignore[assignment]
+        by_error: list[tuple[str, int, dict[str, object]]] = stored.get("by_error", [])  # type: ignore[assignment]
+        return cls(
+            attempts=attempts,
+            base=timedelta(seconds=float(str(stored.get("base", Retry.base.total_seconds())))),
+            limit=timedelta(seconds=float(str(stored.get("limit", Retry.limit.total_seconds())))),
+            waits=[timedelta(seconds=wait) for wait in waits],
+            give_up_on=stored.get("give_up_on", ()),  # type: ignore[arg-type]
+            by_error={one: cls._restored(n, policy, None) for one, n, policy in by_error},
+            decide=declared.decide if declared and stored.get("decide") else None,
+        )
+
+    def wait(
+        self, error: BaseException, failures: int, rng: random.Random | None = None
+    ) -> timedelta | None:
+        """Return the wait before the next run of a job that has failed `failures` times.
+
+        None says that the job ends as failed. Raises ValueError unless `failures` is at least 1.
+        """
+        names = {_name(one) for one in type(error).__mro__}
+        for one, policy in self.by_error.items():
+            if _name(one) in names:
+                return policy.wait(error, failures, rng)
+        if failures >= self.attempts or any(_name(one) in names for one in self.give_up_on):
+            return None
+        if self.decide:
+            return self.decide(error, failures)
+        if self.waits:
+            return self.waits[min(failures, len(self.waits)) - 1]
+        return self.backoff(failures, rng or random.Random())
+
+    def backoff(self, failures: int, rng: random.Random) -> timedelta:
+        """Draw a wait between zero and a ceiling that doubles from `base` up to `limit`.
+
+        The whole range is random, not only its tail, so that jobs which failed together do not
+        come back together.
+
+        Raises ValueError unless `failures` is at least 1.
+        Source: M. Brooker, "Exponential Backoff And Jitter" (AWS, 2015), "full jitter".
+        """
+        if failures < 1:
+            raise ValueError(f"failures must be at least 1, got {failures}")
+        doublings = failures - 1
+        # Compared in logarithms: base * 2**doublings overflows timedelta long before a job with
+        # many attempts reaches its last one.
+        if doublings >= math.log2(self.limit / self.base):
+            ceiling = self.limit
+        else:
+            ceiling = self.base * 2**doublings
+        return ceiling * rng.random()
+
+
+def _name(one: ErrorClass) -> str:
+    if isinstance(one, str):
+        return one
+    return one.__qualname__ if one.__module__ == "builtins" else f"{one.__module__}.{one.__qualname__}"

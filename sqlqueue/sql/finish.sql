@@ -1,0 +1,70 @@
+-- End runs: record each outcome, and move each job to where it goes next.
+--
+-- moves   lease -> run, lease -> scheduled, lease -> ready
+-- index   lease_pkey
+-- locks   the leases it ends; skips those locked elsewhere, so it never waits
+-- caller  Worker, once per turn; Run.finish, in the transaction of the task; rescue
+--
+-- A run is ended if its lease is still there, with its number: those that come back were; of the
+-- others nothing was recorded. :waits says when the job runs again, null that it has ended. A
+-- job that somebody asked to cancel does not run again.
+with held as materialized (
+    select
+        lease.ctid as place, lease.job_id, lease.due_at, lease.run, lease.failures,
+        lease.crashes, lease.priority, lease.queue, lease.seq, lease.worker_id,
+        lease.claimed_at, ended.wait, ended.ran, ended.result, ended.error_type, ended.error,
+        ended.traceback, ended.outcome,
+        ended.wait is not null and exists (
+            select from sqlqueue.cancel_request where cancel_request.job_id = lease.job_id
+        ) as is_cancelled
+    from unnest(
+        cast(:job_ids as uuid[]), cast(:runs as integer[]), cast(:outcomes as text[]),
+        cast(:waits as interval[]), cast(:rans as double precision[]),
+        cast(:results as jsonb[]), cast(:error_types as text[]), cast(:errors as text[]),
+        cast(:tracebacks as text[])
+    ) as ended (job_id, run, outcome, wait, ran, result, error_type, error, traceback)
+    join sqlqueue.lease on lease.job_id = ended.job_id and lease.run = ended.run
+    for update of lease skip locked
+),
+freed as (
+    delete from sqlqueue.lease
+    where ctid = any (array(select place from held))
+),
+counted as materialized (
+    select
+        job_id, run, due_at, priority, queue, seq, worker_id, claimed_at, ran, result, error_type,
+        error, traceback, failures,
+        failures + cast(outcome in ('failed', 'timed_out') as integer) as failures_now,
+        crashes + cast(outcome = 'crashed' as integer) as crashes_now,
+        case when is_cancelled then 'cancelled' else outcome end as outcome,
+        case when not is_cancelled then wait end as wait
+    from held
+),
+recorded as (
+    insert into sqlqueue.run (
+        job_id, run, ended_at, started_at, due_at, worker_id, ran, attempt, crashes, is_final,
+        outcome, result, error_type, error, traceback
+    )
+    select
+        job_id, run, now(), claimed_at, due_at, worker_id, ran, failures + 1, crashes_now,
+        wait is null, outcome, result, error_type, error, traceback
+    from counted
+),
+back as (
+    insert into sqlqueue.ready (job_id, due_at, run, failures, crashes, priority, queue, seq)
+    select job_id, due_at, run, failures_now, crashes_now, priority, queue, seq
+    from counted
+    where wait is not null and outcome in ('returned', 'crashed')
+),
+later as (
+    insert into sqlqueue.scheduled (
+        job_id, due_at, run, failures, crashes, priority, queue, reason
+    )
+    select
+        job_id, now() + wait, run, failures_now, crashes_now, priority, queue,
+        case when outcome = 'snoozed' then 'snooze' else 'retry' end
+    from counted
+    where wait is not null and outcome not in ('returned', 'crashed')
+)
+select cast(job_id as text) as job_id, run
+from counted

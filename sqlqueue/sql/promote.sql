@@ -1,0 +1,47 @@
+-- Make up to :batch jobs ready whose time has come; return how many in each lane.
+--
+-- moves   scheduled -> ready, scheduled -> run
+-- index   scheduled_due
+-- locks   the rows it takes; skips rows locked elsewhere, so it never waits
+-- caller  upkeep
+--
+-- A job that somebody asked to cancel ends here.
+with due as materialized (
+    select
+        ctid as place, job_id, due_at, run, failures, crashes, priority, queue,
+        exists (
+            select from sqlqueue.cancel_request where cancel_request.job_id = scheduled.job_id
+        ) as is_cancelled
+    from sqlqueue.scheduled
+    where due_at <= now()
+      and due_at > :floor  -- steps over rows that are dead but cannot be vacuumed yet
+    order by due_at
+    limit :batch
+    for update of scheduled skip locked
+),
+gone as (
+    delete from sqlqueue.scheduled
+    where ctid = any (array(select place from due))
+),
+moved as (
+    insert into sqlqueue.ready (job_id, due_at, run, failures, crashes, priority, queue)
+    select job_id, due_at, run, failures, crashes, priority, queue
+    from due
+    where not is_cancelled
+),
+ended as (
+    insert into sqlqueue.run (
+        job_id, run, ended_at, due_at, attempt, crashes, is_final, outcome
+    )
+    select job_id, run + 1, now(), due_at, failures + 1, crashes, true, 'cancelled'
+    from due
+    where is_cancelled
+),
+lanes as (
+    select queue, priority, count(*) as moved
+    from due
+    where not is_cancelled
+    group by queue, priority
+)
+select queue, priority, moved, sqlqueue.ring(queue, cast(priority as text)) as silence
+from lanes
