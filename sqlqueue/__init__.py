@@ -1,5 +1,7 @@
 """A durable task queue in the application's own Postgres."""
 
+__version__ = "0.1.0"
+
 from sqlqueue.errors import (
     BadArguments,
     Cancel,
@@ -20,9 +22,9 @@ from sqlqueue.migrate import migrate
 from sqlqueue.options import Options
 from sqlqueue.queue import Queue
 from sqlqueue.retry import Retry
+from sqlqueue.run import Run, current_run
 from sqlqueue.task import Call, Task
-
-__version__ = "0.1.0"
+from sqlqueue.worker import Worker, WorkerOptions
 
 __all__ = [
     "BadArguments",
@@ -39,10 +41,14 @@ __all__ = [
     "Queue",
     "Retry",
     "RetryIn",
+    "Run",
     "SchemaMismatch",
     "Snooze",
     "SqlqueueError",
     "Task",
     "UnsupportedTransaction",
+    "Worker",
+    "WorkerOptions",
+    "current_run",
     "migrate",
 ]

@@ -3,6 +3,7 @@
 No message holds an argument or a result of a job: those may be secret.
 """
 
+from datetime import timedelta
 from uuid import UUID
 
 
@@ -96,9 +97,17 @@ class EmbeddedUnavailable(SqlqueueError):
 class Snooze(SqlqueueError):
     """Raised by a task: run me again after `wait`; this run uses no attempt."""
 
+    def __init__(self, wait: timedelta) -> None:
+        super().__init__(f"snoozed for {wait}")
+        self.wait = wait
+
 
 class RetryIn(SqlqueueError):
     """Raised by a task: this run failed; if attempts are left, run me again after `wait`."""
+
+    def __init__(self, wait: timedelta, reason: str = "asked to be retried") -> None:
+        super().__init__(reason)
+        self.wait = wait
 
 
 class Cancel(SqlqueueError):

@@ -12,9 +12,7 @@ def array(items: Iterable[object]) -> str:
     `unnest` fills up with NULL beside longer columns.
     """
     texts = [
-        "NULL"
-        if item is None
-        else '"' + str(item).replace("\\", "\\\\").replace('"', '\\"') + '"'
+        "NULL" if item is None else '"' + str(item).replace("\\", "\\\\").replace('"', '\\"') + '"'
         for item in items
     ]
     if all(text == "NULL" for text in texts):

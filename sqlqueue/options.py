@@ -87,7 +87,7 @@ class Options:
         for word in words:
             if not isinstance(word, str):
                 raise TypeError("tags, description and headers must be strings")
-            if "\0" in word or not word.isascii() and _has_surrogate(word):
+            if "\0" in word or (not word.isascii() and _has_surrogate(word)):
                 raise ValueError("tags, description and headers must hold no NUL or surrogate")
         if len(json.dumps(dict(self.headers)).encode()) > MAX_HEADER_BYTES:
             raise ValueError(f"headers must be at most {MAX_HEADER_BYTES} bytes as JSON")

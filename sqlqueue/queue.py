@@ -20,6 +20,7 @@ from sqlqueue.options import Options, check_name
 from sqlqueue.store import Executes, Store
 from sqlqueue.task import Call, Task
 from sqlqueue.transaction import Transaction, across, within, without_parameters
+from sqlqueue.worker import Worker, WorkerOptions
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -52,7 +53,13 @@ class Queue:
     def task(self, function: Callable[P, R], /) -> Task[P, R]: ...
     @overload
     def task(
-        self, *, name: str | None = None, transactional: bool = False, **options: Any
+        self,
+        function: None = None,
+        /,
+        *,
+        name: str | None = None,
+        transactional: bool = False,
+        **options: Any,
     ) -> Callable[[Callable[..., R]], Task[..., R]]: ...
     def task(
         self,
@@ -175,6 +182,14 @@ class Queue:
         with self.engine.connect() as conn, without_parameters():
             yield conn.execution_options(isolation_level="AUTOCOMMIT")
 
+    def worker(self, *queues: str, **options: Any) -> Worker:
+        """Return a worker of some queues, `NAME` or `NAME:WEIGHT`, to run in this program.
+
+        Without names it serves the queues of the tasks registered. Options: see WorkerOptions.
+        """
+        own = {self.options.queue, *(task.options.queue for task in self.tasks.values())}
+        return Worker(self, queues or sorted(own), WorkerOptions(**options))
+
     def pause(
         self,
         queue: str,
@@ -197,5 +212,3 @@ def _batches(calls: Iterable[Call]) -> Iterator[list[Call]]:
     remaining = iter(calls)
     while some := list(islice(remaining, BATCH)):
         yield some
-
-

@@ -6,6 +6,7 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
+from typing import Any
 
 ErrorClass = type[BaseException] | str
 
@@ -51,17 +52,17 @@ class Retry:
         stored = self._stored()
         return json.dumps(stored) if stored else None
 
-    def _stored(self) -> dict[str, object]:
-        stored: dict[str, object] = {}
+    def _stored(self) -> dict[str, Any]:
+        stored: dict[str, Any] = {}
         if (self.base, self.limit) != (Retry.base, Retry.limit):
             stored |= {"base": self.base.total_seconds(), "limit": self.limit.total_seconds()}
         if self.waits:
             stored["waits"] = [wait.total_seconds() for wait in self.waits]
         if self.give_up_on:
-            stored["give_up_on"] = [_name(one) for one in self.give_up_on]
+            stored["give_up_on"] = [class_name(one) for one in self.give_up_on]
         if self.by_error:
             stored["by_error"] = [
-                [_name(one), policy.attempts, policy._stored()]
+                [class_name(one), policy.attempts, policy._stored()]
                 for one, policy in self.by_error.items()
             ]
         if self.decide:
@@ -74,7 +75,9 @@ class Retry:
         return cls._restored(attempts, json.loads(text) if text else {}, declared)
 
     @classmethod
-    def _restored(cls, attempts: int, stored: dict[str, object], declared: "Retry | None") -> "Retry":
+    def _restored(
+        cls, attempts: int, stored: dict[str, object], declared: "Retry | None"
+    ) -> "Retry":
         waits: list[float] = stored.get("waits", [])  # type: ignore[assignment]
         by_error: list[tuple[str, int, dict[str, object]]] = stored.get("by_error", [])  # type: ignore[assignment]
         return cls(
@@ -94,11 +97,11 @@ class Retry:
 
         None says that the job ends as failed. Raises ValueError unless `failures` is at least 1.
         """
-        names = {_name(one) for one in type(error).__mro__}
+        names = {class_name(one) for one in type(error).__mro__}
         for one, policy in self.by_error.items():
-            if _name(one) in names:
+            if class_name(one) in names:
                 return policy.wait(error, failures, rng)
-        if failures >= self.attempts or any(_name(one) in names for one in self.give_up_on):
+        if failures >= self.attempts or any(class_name(one) in names for one in self.give_up_on):
             return None
         if self.decide:
             return self.decide(error, failures)
@@ -127,7 +130,9 @@ class Retry:
         return ceiling * rng.random()
 
 
-def _name(one: ErrorClass) -> str:
+def class_name(one: ErrorClass) -> str:
+    """Return the full name of an exception class, `ValueError` or `package.module.Error`."""
     if isinstance(one, str):
         return one
-    return one.__qualname__ if one.__module__ == "builtins" else f"{one.__module__}.{one.__qualname__}"
+    where = "" if one.__module__ == "builtins" else f"{one.__module__}."
+    return f"{where}{one.__qualname__}"

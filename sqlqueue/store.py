@@ -134,9 +134,14 @@ class Store:
         params = {"job_ids": array(one[0] for one in asked), "runs": array(o[1] for o in asked)}
         return {(row[0], row[1]) for row in self._rows(conn, "held", params)}
 
-    def promote(self, conn: Executes, floor: str, batch: int) -> list[tuple[Lane, int]]:
-        """Make due jobs ready; return how many in each lane. `floor` is an instant as text."""
-        rows = self._rows(conn, "promote", {"floor": floor, "batch": batch})
+    def promote(
+        self, conn: Executes, within: timedelta | None, batch: int
+    ) -> list[tuple[Lane, int]]:
+        """Make jobs that came due within a time ready; return how many in each lane.
+
+        With None, those that were due earlier too.
+        """
+        rows = self._rows(conn, "promote", {"within": within, "batch": batch})
         return [(Lane(row[0], row[1]), row[2]) for row in rows]
 
     def next_due(self, conn: Executes) -> timedelta | None:

@@ -53,7 +53,6 @@ class Task(Generic[P, R]):
         self.transactional = transactional
         self.is_async = inspect.iscoroutinefunction(function)
         self.shape = Shape(function, skip_first=transactional)
-        self.returns = inspect.signature(function).return_annotation
         self.options = self._checked(options)
         self._queue = queue
         self._transaction: Transaction | None = None
@@ -70,6 +69,11 @@ class Task(Generic[P, R]):
 
     def __repr__(self) -> str:
         return f"Task({self.name!r})"
+
+    @property
+    def returns(self) -> Any:
+        """The return annotation, by which results are written and read."""
+        return self.shape.returns
 
     def using(
         self, transaction: Transaction | None = None, *, id: UUID | None = None, **options: Any
@@ -111,8 +115,6 @@ class Task(Generic[P, R]):
         executor = options.executor
         if executor == "process" and self.transactional:
             raise ValueError(f"task {self.name}: a process cannot share a transaction")
-        if executor == "async" and not self.is_async or executor == "thread" and self.is_async:
+        if (executor == "async" and not self.is_async) or (executor == "thread" and self.is_async):
             raise ValueError(f"task {self.name}: the executor {executor} cannot run it")
         return options
-
-

@@ -45,6 +45,7 @@ select
     picked.queue,
     picked.failures,
     job.attempts,
+    picked.crashes + 1 >= job.max_crashes as is_last_crash,
     cast(job.retry as text) as retry,
     cast(extract(epoch from job.timeout) as double precision) as timeout,
     job.executor,

@@ -14,7 +14,7 @@ with due as materialized (
         ) as is_cancelled
     from sqlqueue.scheduled
     where due_at <= now()
-      and due_at > :floor  -- steps over rows that are dead but cannot be vacuumed yet
+      and due_at > coalesce(now() - cast(:within as interval), '-infinity')  -- steps over dead rows
     order by due_at
     limit :batch
     for update of scheduled skip locked

@@ -1,0 +1,81 @@
+"""A worker's signs of life, from a thread and a connection of their own.
+
+A blocked task, event loop or pool cannot silence them. Each beat also compares the worker's
+leases with what it knows of, and sees the requests to cancel.
+"""
+
+import logging
+import os
+from datetime import timedelta
+from time import monotonic
+from typing import TYPE_CHECKING
+
+from sqlalchemy.exc import DBAPIError
+
+from sqlqueue.link import Link
+from sqlqueue.store import Ended
+
+if TYPE_CHECKING:
+    from sqlqueue.worker import Worker
+
+log = logging.getLogger("sqlqueue.worker")
+
+
+class Heartbeat:
+    """Beats six times in a ttl; fences the worker when it could not for two thirds of one."""
+
+    def __init__(self, worker: "Worker") -> None:
+        self._worker = worker
+        self._ttl = worker.options.ttl.total_seconds()
+        self._link = Link(worker.queue.engine)
+        self._beat_at = monotonic()
+        self._unknown: set[tuple[str, int]] = set()
+
+    def run(self) -> None:
+        """Beat until the worker has stopped."""
+        while not self._worker.stopped.wait(self._ttl / 6):
+            self._watch_turns()
+            try:
+                self._beat()
+            except DBAPIError as error:
+                log.warning("worker %d: no beat: %s", self._worker.id, error.orig)
+            if monotonic() - self._beat_at > self._ttl * 2 / 3:
+                self._worker.fence("could not beat")
+                self._beat_at = monotonic()
+        self._link.close()
+
+    def _beat(self) -> None:
+        worker, store = self._worker, self._worker.queue.store
+        number, began = worker.id, monotonic()
+        with self._link.begin() as conn:
+            is_alive = store.beat(conn, number)
+        if not is_alive:
+            if number == worker.id:
+                worker.fence("was declared dead")
+            return
+        self._beat_at = began
+        if worker.signs:
+            worker.signs.worker_id, worker.signs.beat_at = number, began
+        known = set(worker.held.copy())
+        with self._link.begin() as conn:
+            store.begin(conn, worker.options.ttl)
+            leases = store.leases(conn, number)
+            unknown = set(leases) - known - set(worker.held.copy())
+            # A claim may just be on its way back; what is unknown twice has lost its reply, or
+            # its finish was rolled back.
+            strays = [Ended(*key, "returned", timedelta(0)) for key in unknown & self._unknown]
+            if strays:
+                log.warning("worker %d: hands back %d unknown leases", number, len(strays))
+                store.finish(conn, strays)
+        self._unknown = unknown
+        for key, is_cancelled in leases.items():
+            if is_cancelled:
+                worker.cancel(key)
+
+    def _watch_turns(self) -> None:
+        silent = monotonic() - self._worker.progress
+        if silent > self._ttl:
+            log.critical("worker %d: no turn for %.0f s", self._worker.id, silent)
+            if self._worker.signs:
+                os._exit(70)
+            self._worker.fence("its turns are stuck")

@@ -1,0 +1,109 @@
+"""Where a worker looks for jobs: its queues, their lanes, and the floor of each."""
+
+import random
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from sqlqueue.options import check_name
+from sqlqueue.store import Lane
+
+TRAIL = 0.2  # seconds: the longest transaction whose jobs are found without a sweep
+
+
+@dataclass
+class Floor:
+    """The seq below which a lane holds dead rows, and now and then a late job.
+
+    A snapshot held open elsewhere keeps the index entries of claimed jobs, and a claim would walk
+    over all of them. Rows are consumed nearly in order of seq, so a claim starts at the highest
+    seq seen. Jobs commit out of that order, so what was seen counts only after TRAIL. It is a
+    hint: sweeps, which start at 0, find what was committed later still.
+    """
+
+    value: int = 0
+    seen: int = 0
+    marked: int = 0
+    marked_at: float = 0
+
+    def see(self, seq: int, now: float) -> None:
+        """Take note of a claimed row."""
+        self.seen = max(self.seen, seq)
+        self.rise(now)
+
+    def rise(self, now: float) -> None:
+        """Let the floor follow what was seen at least TRAIL ago."""
+        if now - self.marked_at >= TRAIL:
+            self.value, self.marked, self.marked_at = self.marked, self.seen, now
+
+
+@dataclass
+class Lanes:
+    """The lanes that a worker knows, in the order in which it looks at them.
+
+    queues  names, with a weight or None: without weights they are looked at in order, with one
+            each turn begins at a queue drawn by weight
+    """
+
+    queues: dict[str, int | None]
+    floors: dict[Lane, Floor] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, names: Iterable[str]) -> "Lanes":
+        """Read `NAME` and `NAME:WEIGHT`. Raises ValueError for what is neither."""
+        queues: dict[str, int | None] = {}
+        for text in names:
+            name, colon, weight = text.rpartition(":")
+            if colon and weight.isdecimal():
+                if int(weight) < 1:
+                    raise ValueError(f"a weight must be at least 1, got {text}")
+                queues[check_name("queue", name)] = int(weight)
+            else:
+                queues[check_name("queue", text)] = None
+        return cls(queues)
+
+    @property
+    def names(self) -> list[str]:
+        """The queues, in order."""
+        return list(self.queues)
+
+    def add(self, lane: Lane) -> None:
+        """Know one more lane, if it is of a queue served."""
+        if lane.queue in self.queues and lane not in self.floors:
+            self.floors[lane] = Floor()
+
+    def known(self, queue: str, is_suspect: bool) -> list[int]:
+        """Return the priorities known of a queue."""
+        return [o.priority for o in self.floors if (o.queue, o.is_suspect) == (queue, is_suspect)]
+
+    def in_order(self, is_suspect: bool) -> Sequence[Lane]:
+        """Return the lanes in the order to look at them: by queue, then by priority."""
+        rank = {name: place for place, name in enumerate(self._draw())}
+        mine = [lane for lane in self.floors if lane.is_suspect == is_suspect]
+        return sorted(mine, key=lambda lane: (rank[lane.queue], lane.priority))
+
+    def _draw(self) -> list[str]:
+        if all(weight is None for weight in self.queues.values()):
+            return self.names
+        # Efraimidis and Spirakis, "Weighted random sampling with a reservoir" (2006): sorting by
+        # u ** (1 / weight) draws without replacement, each time in proportion to the weights.
+        return sorted(self.queues, key=lambda q: -(random.random() ** (1 / (self.queues[q] or 1))))
+
+
+class Sweeps:
+    """When to look at everything: each `interval`, but for at most 5 % of the time."""
+
+    def __init__(self, interval: float) -> None:
+        self._interval = interval
+        self._next = 0.0
+
+    def is_due(self, now: float) -> bool:
+        """Say whether it is time."""
+        return now >= self._next
+
+    def took(self, seconds: float, now: float) -> None:
+        """Take note of a sweep that has just ended."""
+        self._next = now + max(self._interval, 20 * seconds)
+
+    def wanted(self) -> None:
+        """Have the next one at once."""
+        self._next = 0.0

@@ -1,0 +1,75 @@
+"""Waking a worker: one connection that listens, and tells the worker what it hears.
+
+It never begins a transaction: one that idles while it listens would fill the notification queue
+of the whole cluster. Where listening does not work, as behind a pooler in transaction mode, the
+worker polls.
+"""
+
+import logging
+import os
+from time import monotonic
+from typing import TYPE_CHECKING, Any
+
+import psycopg
+from sqlalchemy.exc import DBAPIError
+
+from sqlqueue.store import Lane
+
+if TYPE_CHECKING:
+    from sqlqueue.worker import Worker
+
+log = logging.getLogger("sqlqueue.worker")
+ECHO_WITHIN = 2.0  # seconds: a notification of our own that takes longer is lost
+RECONNECT_AFTER = 1.0
+
+
+class Listener:
+    """A thread with a connection. `is_heard` says whether notifications come through."""
+
+    def __init__(self, worker: "Worker") -> None:
+        self.is_heard = False
+        self._worker = worker
+
+    def run(self) -> None:
+        """Listen until the worker has stopped; again after an error."""
+        while not self._worker.stopped.is_set():
+            try:
+                with self._worker.queue.engine.connect() as conn:
+                    conn.detach()
+                    self._listen(conn.connection.dbapi_connection)
+            except (DBAPIError, psycopg.Error) as error:
+                log.warning("worker %d: does not listen: %s", self._worker.id, error)
+            self.is_heard = False
+            self._worker.stopped.wait(RECONNECT_AFTER)
+
+    def _listen(self, driver: Any) -> None:
+        driver.autocommit = True
+        channel = self._worker.queue.store.schema
+        driver.execute(f"listen {channel}")
+        echo = f"0 echo {os.getpid()}-{id(self)}"
+        with self._worker.queue.autocommit() as other:
+            other.exec_driver_sql("select pg_notify(%s, %s)", (channel, echo))
+        began = monotonic()
+        while not self._worker.stopped.is_set():
+            for heard in driver.notifies(timeout=0.5, stop_after=1):
+                if heard.payload == echo:
+                    self.is_heard = True
+                else:
+                    self._tell(heard.payload)
+            if not self.is_heard and monotonic() - began > ECHO_WITHIN:
+                log.info("worker %d: hears no notification, so it polls", self._worker.id)
+                self._worker.stopped.wait()
+
+    def _tell(self, payload: str) -> None:
+        """Act on `WORKER HINT SUBJECT`; worker 0 is everybody."""
+        number, hint, subject = payload.split(" ", 2)
+        if int(number) not in (0, self._worker.id):
+            return
+        if hint == "cancel":
+            for key in self._worker.held.copy():
+                if key[0] == subject:
+                    self._worker.cancel(key)
+        elif hint == "due":
+            self._worker.upkeep.wake()
+        elif hint != "echo":
+            self._worker.ring(Lane(subject, int(hint)))

@@ -1,0 +1,567 @@
+"""A worker process: leases jobs, has them run, and finishes them.
+
+One thread takes turns: a turn finishes what has ended and claims what fits, in one transaction.
+It runs no user code and waits for nobody, and only it touches `held`.
+"""
+
+import logging
+import os
+import socket
+import threading
+from collections import deque
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import partial
+from time import monotonic
+from typing import TYPE_CHECKING, Any
+
+from sqlalchemy import Connection
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
+from sqlalchemy.orm import Session
+
+import sqlqueue
+from sqlqueue.executors import Executor, LoopExecutor, ThreadExecutor
+from sqlqueue.heartbeat import Heartbeat
+from sqlqueue.lanes import Lanes, Sweeps
+from sqlqueue.link import Link
+from sqlqueue.listener import Listener
+from sqlqueue.perform import InThread, OnLoop
+from sqlqueue.process import Child
+from sqlqueue.run import Run
+from sqlqueue.store import Ended, Lane
+from sqlqueue.store import Worker as Registration
+from sqlqueue.upkeep import Upkeep
+
+if TYPE_CHECKING:
+    from sqlqueue.queue import Queue
+
+log = logging.getLogger("sqlqueue.worker")
+BATCH = 500  # rows that a claim leases at most
+AHEAD = 1000  # jobs claimed before there is a slot for them, at most
+HORIZON = 0.03  # seconds of work claimed ahead, by how long jobs have been taking
+STALE = 0.25  # seconds after which a job that still waits for a slot here is handed back
+LINGER = (0.002, 0.005, 0.01)  # seconds between looks, before the bell is armed
+LAST_UNKNOWN = 3600.0  # seconds that a job waits for a worker that knows its task
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerOptions:
+    """How a worker works.
+
+    slots      jobs that run at a time
+    poll       longest time between looks when idle, even if every notification is lost
+    grace      time that running jobs have to end after the first signal to stop
+    ttl        silence after which others take its jobs; it beats six times as often
+    listen     wake on notifications; without, polling is all
+    drain      stop when there is nothing to run
+    max_jobs   stop after this many runs; None: never
+    name       for people
+    suspects   jobs that took two workers down: run them "alone" when all else has ended,
+               "never", or run "only" them
+    child_runs, child_bytes  runs, and resident memory, after which a child process is replaced
+    """
+
+    slots: int = 20
+    poll: timedelta = timedelta(seconds=1)
+    grace: timedelta = timedelta(seconds=30)
+    ttl: timedelta = timedelta(seconds=30)
+    listen: bool = True
+    drain: bool = False
+    max_jobs: int | None = None
+    name: str | None = None
+    suspects: str = "alone"
+    child_runs: int = 1000
+    child_bytes: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.slots < 1:
+            raise ValueError(f"slots must be at least 1, got {self.slots}")
+        if self.max_jobs is not None and self.max_jobs < 1:
+            raise ValueError(f"max_jobs must be at least 1, or None, got {self.max_jobs}")
+        if self.poll <= timedelta(0) or self.ttl < timedelta(milliseconds=500):
+            raise ValueError("poll must be more than 0, ttl at least half a second")
+        if self.suspects not in ("alone", "never", "only"):
+            raise ValueError(f"suspects must be alone, never or only, got {self.suspects!r}")
+
+
+class Worker:
+    """Leases the jobs of some queues and runs them. Made by `Queue.worker`.
+
+    Either `run()`, which returns when it has stopped, or a context manager that works in the
+    background. `progress` is the monotonic time of the last turn; `signs` is shared with the
+    supervisor, if there is one.
+    """
+
+    def __init__(
+        self, queue: "Queue", names: Iterable[str], options: WorkerOptions, signs: Any = None
+    ) -> None:
+        self.queue = queue
+        self.options = options
+        self.signs = signs
+        self.lanes = Lanes.of(names)
+        self.id = 0
+        self.held: dict[tuple[str, int], Run] = {}
+        self.progress = monotonic()
+        self.stopped = threading.Event()
+        self._link = Link(queue.engine)
+        self._executors: dict[str, Executor] = {}
+        self._outbox: deque[tuple[Run, Ended | None]] = deque()
+        self._unsettled: list[tuple[Run, Ended | None]] = []
+        self._wake = threading.Event()
+        self._sweeps = Sweeps(options.poll.total_seconds())
+        self._taken = 0
+        self._usual = 0.0  # seconds a job has been taking; 0: not known yet
+        self._looks = 0  # looks in a row that found nothing
+        self._armed_until = 0.0
+        self._has_armed = False
+        self._next_check = float("inf")
+        self._stop_by: float | None = None
+        self._is_fenced = False
+        self._sees_suspects = False
+        self._threads: list[threading.Thread] = []
+
+    # Life
+
+    def start(self) -> None:
+        """Register, and begin to work in the background."""
+        self._register()
+        self.heartbeat = Heartbeat(self)
+        self.upkeep = Upkeep(self)
+        parts = [self.heartbeat.run, self.upkeep.run]
+        if self.options.listen:
+            self.listener = Listener(self)
+            parts.append(self.listener.run)
+        parts.append(self._work)
+        for part in parts:
+            thread = threading.Thread(target=part, name=f"sqlqueue {part.__qualname__}")
+            thread.daemon = True
+            thread.start()
+            self._threads.append(thread)
+
+    def stop(self) -> None:
+        """Stop claiming; return. What runs has the grace period; called again, none."""
+        grace = self.options.grace.total_seconds() if self._stop_by is None else 0
+        self._stop_by = monotonic() + grace
+        self.wake()
+
+    def join(self, timeout: float | None = None) -> bool:
+        """Wait until the worker has stopped; return whether it has."""
+        if not self.stopped.wait(timeout):
+            return False
+        for thread in self._threads:
+            thread.join(timeout=5)
+        return True
+
+    def run(self) -> None:
+        """Work until stopped; an interrupt from the keyboard stops it, a second one at once."""
+        self.start()
+        while not self.stopped.is_set():
+            try:
+                self.stopped.wait()
+            except KeyboardInterrupt:
+                self.stop()
+        self.join()
+
+    def __enter__(self) -> "Worker":
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+        self.join()
+
+    def _register(self) -> None:
+        with self._link.begin() as conn:
+            self.id = self.queue.store.register(
+                conn,
+                Registration(
+                    ttl=self.options.ttl,
+                    pid=os.getpid(),
+                    slots=self.options.slots,
+                    host=socket.gethostname(),
+                    name=self.options.name or f"{socket.gethostname()}:{os.getpid()}",
+                    version=sqlqueue.__version__,
+                    queues=self.lanes.names,
+                    tasks=sorted(self.queue.tasks),
+                ),
+            )
+        log.info("worker %d: serves %s", self.id, ", ".join(self.lanes.names))
+
+    # From other threads
+
+    def wake(self) -> None:
+        """Have a turn soon."""
+        if not self._wake.is_set():
+            self._wake.set()
+
+    def ring(self, lane: Lane | None = None) -> None:
+        """Look for jobs now; in this lane too, if it is not known."""
+        if lane:
+            self.lanes.add(lane)
+        self._looks = 0
+        self.wake()
+
+    def fence(self, why: str) -> None:
+        """Drop everything and register anew: others may hold our jobs, or soon will."""
+        log.warning("worker %d: %s; drops what it holds and registers anew", self.id, why)
+        self._is_fenced = True
+        self.wake()
+
+    def cancel(self, key: tuple[str, int]) -> None:
+        """Interrupt a run whose job somebody asked to cancel."""
+        run = self.held.get(key)
+        if run is not None:
+            self.interrupt(run, "cancelled")
+
+    def done(self, run: Run, ended: Ended | None) -> None:
+        """Take note of how a run ended, once; called by executors."""
+        if not run.is_over:
+            run.is_over = True
+            self._outbox.append((run, ended))
+            self.wake()
+
+    # The turn
+
+    def _work(self) -> None:
+        wait = 0.0
+        while not self._has_stopped():
+            self._wake.wait(wait)
+            self._wake.clear()
+            self.progress = monotonic()
+            try:
+                self.step()
+                wait = self._pause()
+            except DBAPIError as error:
+                log.warning("worker %d: the database said: %s", self.id, error.orig)
+                wait = min(self.options.poll.total_seconds(), 0.5)
+        self._leave()
+
+    def step(self) -> int:
+        """Take one turn; return how many jobs it claimed."""
+        now = monotonic()
+        if self._is_fenced:
+            self._begin_anew()
+        self._check(now)
+        ended = self._gather()
+        room = self._room()
+        if not ended and room <= 0:
+            return 0
+        with self._link.begin() as conn:
+            self.queue.store.begin(conn, self.options.ttl * 2 / 3)
+            finished, locked = self._settle(conn, ended)
+            rows = self._claim(conn, room) if room > 0 else []
+            strays = [self._stray(conn, r) for r in rows if r.task not in self.queue.tasks]
+        if self._has_armed:
+            self._has_armed = False
+            self.upkeep.wake()  # what was scheduled before the bell hung there did not ring
+        self._forget(ended, finished, locked)
+        self._launch(rows, strays)
+        return len(rows)
+
+    def _gather(self) -> list[tuple[Run, Ended | None]]:
+        while self._outbox:
+            run, ended = self._outbox.popleft()
+            if self.held.get(run.key) is run:
+                self._unsettled.append((run, ended))
+        return self._unsettled
+
+    def _settle(
+        self, conn: Connection, ended: Sequence[tuple[Run, Ended | None]]
+    ) -> tuple[set[tuple[str, int]], set[tuple[str, int]]]:
+        """Finish runs; return those that were finished, and those to be tried again."""
+        store = self.queue.store
+        finished: set[tuple[str, int]] = set()
+        succeeded = [one for _, one in ended if one and one.outcome == "succeeded"]
+        others = [one for _, one in ended if one and one.outcome != "succeeded"]
+        for some in (succeeded, others):
+            if some:
+                finished |= store.finish(conn, some)
+        left = {run.key for run, _ in ended} - finished
+        return finished, store.held(conn, left) if left else set()
+
+    def _forget(
+        self,
+        ended: list[tuple[Run, Ended | None]],
+        finished: set[tuple[str, int]],
+        locked: set[tuple[str, int]],
+    ) -> None:
+        self._unsettled = []
+        rans: list[float] = []
+        for run, one in ended:
+            if run.key in locked:
+                if one is None:
+                    error = RuntimeError("run.finish was rolled back by the task")
+                    one = run.failed(error)
+                self._unsettled.append((run, one))
+                continue
+            self.held.pop(run.key, None)
+            if one is None:
+                log.debug("job %s: run %d finished its job itself", *run.key)
+            elif run.key not in finished:
+                log.warning("job %s: run %d lost its lease; its outcome was dropped", *run.key)
+            else:
+                if one.ran is not None:
+                    rans.append(one.ran)
+                if one.wait is not None:
+                    self.upkeep.expect(one.wait)
+                self._report(one)
+        if rans:
+            mean = sum(rans) / len(rans)
+            self._usual = 0.7 * self._usual + 0.3 * mean if self._usual else mean
+
+    def _report(self, one: Ended) -> None:
+        if one.outcome == "succeeded":
+            log.debug("job %s: run %d succeeded in %.3f s", one.job_id, one.run, one.ran or 0)
+        else:
+            then = "its job ended" if one.wait is None else f"again in {one.wait}"
+            level = logging.DEBUG if one.outcome in ("snoozed", "returned") else logging.WARNING
+            log.log(level, "job %s: run %d %s; %s", one.job_id, one.run, one.outcome, then)
+
+    def _room(self) -> int:
+        """Say how many jobs fit: free slots, and a little work ahead if jobs are quick."""
+        if self._stop_by is not None:
+            return 0
+        if self._is_probing:
+            return 0 if self.held else 1
+        slots = self.options.slots
+        ahead = min(AHEAD, int(slots * HORIZON / self._usual)) if self._usual else 0
+        room = slots + ahead - len(self.held)
+        if self.options.max_jobs is not None:
+            room = min(room, self.options.max_jobs - self._taken)
+        return room
+
+    @property
+    def _is_probing(self) -> bool:
+        """Whether to claim suspects, one by one, and nothing else."""
+        return self._sees_suspects or self.options.suspects == "only"
+
+    def _claim(self, conn: Connection, room: int) -> list[Any]:
+        began = monotonic()
+        probes = self._is_probing
+        sweeps = self._sweeps.is_due(began)
+        if sweeps:
+            self._discover(conn)
+        rows: list[Any] = []
+        want = min(room, BATCH)
+        for lane in self.lanes.in_order(probes):
+            floor = self.lanes.floors[lane]
+            low = 0 if sweeps or probes else floor.value
+            found = self.queue.store.claim(conn, lane, low, want - len(rows), self.id)
+            floor.see(found[-1].seq if found else 0, began)
+            rows += found
+            if len(rows) == want:
+                break
+        if sweeps:
+            self._sweeps.took(monotonic() - began, monotonic())
+        if probes and not rows:
+            self._sees_suspects = False
+        self._mind_the_bell(conn, bool(rows), lane if len(rows) == room else None)
+        self._taken += len(rows)
+        if self.options.drain and sweeps and not rows and not self.held and self.upkeep.passes:
+            self.stop()
+        return rows
+
+    def _discover(self, conn: Connection) -> None:
+        """Find lanes that are not known yet, and whether suspects wait."""
+        store, only = self.queue.store, self.options.suspects == "only"
+        for queue in self.lanes.names:
+            for lane in store.lanes(conn, queue, self.lanes.known(queue, only), only):
+                self.lanes.add(lane)
+            suspects = [] if only else store.lanes(conn, queue, (), True)
+            for lane in suspects:
+                self.lanes.add(lane)
+                self._sees_suspects = self.options.suspects == "alone"
+                if self.signs:
+                    self.signs.wants_probe = True
+
+    def _mind_the_bell(self, conn: Connection, found: bool, filled_by: Lane | None) -> None:
+        """Arm it before a long sleep, take it away when there is work, pass it on when full."""
+        now = monotonic()
+        names, store = self.lanes.names, self.queue.store
+        if found:
+            self._looks = 0
+            if self._armed_until > now:
+                store.disarm(conn, names, self.id)
+                if filled_by:
+                    store.pass_on(conn, filled_by)
+            self._armed_until = 0.0
+            return
+        self._looks += 1
+        patience = 2 * self.options.poll + timedelta(seconds=1)
+        lasts = patience.total_seconds()
+        is_heard = self.options.listen and self.listener.is_heard
+        if is_heard and self._looks >= len(LINGER) and self._armed_until - now < lasts / 2:
+            store.arm(conn, names, self.id, patience)
+            if self._armed_until <= now:
+                self._looks = len(LINGER) - 1  # look once more before the sleep
+                self._has_armed = True
+            self._armed_until = now + lasts
+
+    def _pause(self) -> float:
+        """Say for how long to sleep if nobody wakes this thread."""
+        poll = self.options.poll.total_seconds()
+        if self._unsettled or self._is_fenced:
+            return 0.005
+        if self._stop_by is not None or self._room() <= 0:
+            wait = poll
+        elif self._looks < len(LINGER):
+            wait = LINGER[self._looks]
+        else:
+            wait = min(0.05 * 2 ** (self._looks - len(LINGER)), poll)
+        return max(0.0, min(wait, self._next_check - monotonic()))
+
+    def _stray(self, conn: Connection, row: Any) -> tuple[Run, Ended]:
+        """Say what becomes of a job whose task this worker does not know."""
+        key = (row.job_id, row.run)
+        if row.task is None:
+            ended = Ended(*key, "failed", error_type="missing", error="its row in job is gone")
+        else:
+            since = self.queue.store.unknown_since(conn, row.job_id)
+            is_over = since >= LAST_UNKNOWN
+            ended = Ended(
+                *key,
+                "failed" if is_over else "snoozed",
+                wait=None if is_over else timedelta(seconds=min(max(since / 4, 1), 60)),
+                error_type="unknown_task",
+                error=f"no worker that got it knows the task {row.task}",
+            )
+        return Run(row, None, self.queue.store, monotonic()), ended
+
+    def _launch(self, rows: Sequence[Any], strays: list[tuple[Run, Ended]]) -> None:
+        """Hand claimed runs to the executors."""
+        now = monotonic()
+        batches: dict[str, list[Run]] = {}
+        for run, ended in strays:
+            self.held[run.key] = run
+            self.done(run, ended)
+        for row in rows:
+            task = self.queue.tasks.get(row.task)
+            if task is None:
+                continue
+            run = Run(row, task, self.queue.store, now)
+            self.held[run.key] = run
+            if row.is_expired:
+                self.done(run, Ended(*run.key, "expired", error_type="expired"))
+                continue
+            if row.timeout is not None:
+                self._next_check = min(self._next_check, now + row.timeout)
+            usual = "async" if task.is_async else "thread"
+            kind = row.executor if row.executor in (usual, "process") else usual
+            batches.setdefault(kind, []).append(run)
+        if len(self.held) > self.options.slots:
+            self._next_check = min(self._next_check, now + STALE)
+        for kind, runs in batches.items():
+            self._executor(kind).submit(runs)
+
+    def _executor(self, kind: str) -> Executor:
+        if kind not in self._executors:
+            self._executors[kind] = self._make_executor(kind)
+        return self._executors[kind]
+
+    def _make_executor(self, kind: str) -> Executor:
+        slots, options = self.options.slots, self.options
+        if kind == "async":
+            engine = create_async_engine(
+                self.queue.engine.url, hide_parameters=True, pool_size=slots
+            )
+            on_loop = OnLoop(partial(AsyncSession, engine, expire_on_commit=False))
+            return LoopExecutor(slots, on_loop.perform, self.done)
+        if kind == "thread":
+            in_thread = InThread(partial(Session, self.queue.engine))
+            return ThreadExecutor(slots, lambda: in_thread, self.done)
+        make_child = partial(Child, options.child_runs, options.child_bytes)
+        return ThreadExecutor(slots, make_child, self.done)
+
+    # Ends that are not the task's own
+
+    def _check(self, now: float) -> None:
+        """Interrupt what is out of time, give up on what ignores that, hand back what waits."""
+        if self._stop_by is not None:
+            self._wind_down(now)
+        if now < self._next_check:
+            return
+        patience = self.options.ttl.total_seconds() / 6
+        self._next_check = float("inf")
+        for run in self.held.values():
+            if run.is_over:
+                continue
+            if run.interrupted:
+                ends_at = run.interrupted_at + patience
+            elif run.row.timeout is not None:
+                ends_at = (run.started or now) + run.row.timeout
+            else:
+                continue
+            if now < ends_at:
+                self._next_check = min(self._next_check, ends_at)
+            elif not run.interrupted:
+                self.interrupt(run, "timed_out")
+            else:
+                log.warning("job %s: run %d goes on after it was %s", *run.key, run.interrupted)
+                self.done(run, run.stopped())
+                if self.signs:
+                    self.stop()  # to be replaced by a fresh process
+        if len(self.held) > self.options.slots:
+            self._next_check = min(self._next_check, now + STALE)
+            if any(r.started is None and now - r.claimed > STALE for r in self.held.values()):
+                self._usual = max(self._usual, STALE)
+                self._withdraw()
+
+    def interrupt(self, run: Run, why: str) -> None:
+        """Ask a run to stop because it was cancelled, timed_out or returned."""
+        if run.interrupted is None:
+            run.interrupted_at = monotonic()
+            run.interrupted = why
+        for executor in self._executors.values():
+            executor.interrupt(run)
+        self._next_check = 0.0
+        self.wake()
+
+    def _withdraw(self) -> None:
+        """Hand back the runs that have not been started."""
+        for executor in self._executors.values():
+            for run in executor.withdraw():
+                run.interrupted = "returned"
+                self.done(run, run.stopped())
+
+    def _wind_down(self, now: float) -> None:
+        self._withdraw()
+        if self._stop_by is not None and now >= self._stop_by:
+            for run in self.held.values():
+                if not run.is_over:
+                    self.interrupt(run, "returned")
+                    self.done(run, run.stopped())
+        else:
+            self._next_check = min(self._next_check, self._stop_by or now)
+
+    def _begin_anew(self) -> None:
+        """After a fence: forget every run, whose lease is lost or will be, and register."""
+        for run in self.held.values():
+            run.is_over = True
+            self.interrupt(run, "returned")
+        self._withdraw()
+        self.held.clear()
+        self._unsettled = []
+        self._register()
+        self._is_fenced = False
+
+    def _has_stopped(self) -> bool:
+        if self._taken >= (self.options.max_jobs or float("inf")) and not self.held:
+            self.stop()
+        if self._stop_by is None:
+            return False
+        gave_up = monotonic() > self._stop_by + self.options.ttl.total_seconds()
+        return gave_up or not (self.held or self._unsettled)
+
+    def _leave(self) -> None:
+        for executor in self._executors.values():
+            executor.stop()
+        self.stopped.set()
+        self.upkeep.wake()
+        if not self.held:
+            with suppress(DBAPIError), self._link.begin() as conn:
+                self.queue.store.unregister(conn, self.id)
+        self._link.close()
+        log.info("worker %d: stopped after %d runs", self.id, self._taken)
