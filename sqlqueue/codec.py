@@ -1,15 +1,15 @@
 """Arguments and results as JSON text and back, driven by annotations.
 
 What is written comes back as what was given, or is refused before anything is sent. No message
-holds a value or a key of a mapping, since those may be secret: only names from the code,
-positions and types.
+holds a value or a key of a mapping, since those may be secret: only types, positions and the
+names of arguments and fields.
 
 How values are stored: Decimal, UUID, date, datetime (with its offset, not its zone's name) and
 Path as text, bytes as base64, timedelta as a number of seconds, an Enum as its value, sets as
-sorted lists, dataclasses as objects, pydantic and msgspec models as they dump themselves. Without
-an annotation only str, int, float, bool, None, list and dict are taken; a tuple is not. jsonb
-changes two things: a float from 1e16 up comes back as an int unless it is annotated as float, and
--0.0 comes back as 0.0.
+sorted lists, dataclasses as objects of what their constructors take, pydantic and msgspec models
+as they dump themselves. Without an annotation only str, int, float, bool, None, list and dict are
+taken; a tuple is not. jsonb changes two things: a float from 1e16 up comes back as an int unless
+it is annotated as float, and -0.0 comes back as 0.0.
 """
 
 import inspect
@@ -34,7 +34,7 @@ from uuid import UUID
 from sqlqueue.errors import BadArguments, NotRepresentable
 
 MAX_BYTES = 1 << 20  # of UTF-8: the arguments of one call, or one result
-MAX_DEPTH = 64  # lists and objects inside one another, the object of all arguments included
+MAX_DEPTH = 64  # lists and objects inside one another, the object of arguments included
 _MAX_INT = 10**4300  # Python reads no number of more digits, unless it is told to
 _TOO_DEEP = f"is nested deeper than {MAX_DEPTH} levels, or holds itself"
 
@@ -74,20 +74,21 @@ class Shape:
         self._name = getattr(function, "__qualname__", type(function).__qualname__)
         signature = inspect.signature(function)
         parameters = list(signature.parameters.values())
-        if skip_first and not parameters:
-            raise BadArguments(f"{self._name} has no parameter to take the session")
-        self._signature = signature.replace(parameters=parameters[skip_first:])
+        if skip_first and not any(p.kind <= p.POSITIONAL_OR_KEYWORD for p in parameters[:1]):
+            raise BadArguments(f"{self._name} has no first parameter to take the session")
+        parameters = parameters[skip_first:]
+        self._signature = signature.replace(parameters=parameters)
 
         def names(kind: Any) -> list[str]:
-            return [p.name for p in parameters[skip_first:] if p.kind is kind]
+            return [p.name for p in parameters if p.kind is kind]
 
         self._nameless = names(Parameter.POSITIONAL_ONLY)
         self._order = names(Parameter.POSITIONAL_OR_KEYWORD)
         self._rest = names(Parameter.VAR_POSITIONAL)
         self._extra = names(Parameter.VAR_KEYWORD)
         self._is_plain = not (self._nameless or self._rest or self._extra)
-        self._all = frozenset(p.name for p in parameters[skip_first:])
-        self._required = frozenset(p.name for p in parameters[skip_first:] if p.default is p.empty)
+        self._all = frozenset(p.name for p in parameters)
+        self._required = frozenset(p.name for p in parameters if p.default is p.empty)
 
     def encode(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
         """Write the arguments of a call as JSON text; defaults are not filled in.
@@ -335,7 +336,7 @@ def _codec(annotation: Any) -> _Codec:
 
 def _unsupported(annotation: Any) -> _Codec:
     def refuse(_: Any) -> Any:
-        raise NotRepresentable("", f"nothing is known about storing a {_name_of(annotation)}")
+        raise NotRepresentable("", f"a value annotated as {_name_of(annotation)} cannot be stored")
 
     return _Codec(refuse, refuse)
 
@@ -355,12 +356,12 @@ def _union(annotation: Any, args: tuple[Any, ...]) -> _Codec:
         raise NotRepresentable(errors[0].where, problem)
 
     def write(value: Any) -> Any:
-        codec, form = fit(value, 0)
-        if fit(form, 1)[0] is not codec:
+        codec, form = fit(value, _WRITE)
+        if fit(form, _READ)[0] is not codec:
             raise NotRepresentable("", f"would come back as another part of {annotation}")
         return form
 
-    return _Codec(write, lambda form: fit(form, 1)[1])
+    return _Codec(write, lambda form: fit(form, _READ)[1])
 
 
 def _literal(annotation: Any, args: tuple[Any, ...]) -> _Codec:
@@ -372,7 +373,7 @@ def _literal(annotation: Any, args: tuple[Any, ...]) -> _Codec:
                 return pair[1 - side]
         raise NotRepresentable("", f"is none of {annotation}")
 
-    return _Codec(lambda value: other(value, 0), lambda form: other(form, 1))
+    return _Codec(lambda value: other(value, _WRITE), lambda form: other(form, _READ))
 
 
 def _items(annotation: Any, origin: Any, args: tuple[Any, ...]) -> _Codec:
@@ -412,7 +413,9 @@ def _class(kind: Any) -> _Codec:
         return _record(kind)
     if hasattr(kind, "__struct_fields__"):  # of msgspec
         msgspec = sys.modules["msgspec"]
-        return _model(kind, msgspec.to_builtins, partial(msgspec.convert, type=kind))
+        # to_builtins leaves tuples as they are.
+        dump = lambda value: _DECODER.decode(_ENCODER.encode(msgspec.to_builtins(value)))
+        return _model(kind, dump, partial(msgspec.convert, type=kind))
     if hasattr(kind, "model_validate"):  # of pydantic
         dump = partial(kind.model_dump, mode="json", by_alias=True, round_trip=True)
         return _model(kind, dump, kind.model_validate)
@@ -451,7 +454,7 @@ _constructor = cache(Shape)
 
 def _aware(moment: datetime) -> datetime:
     if moment.utcoffset() is None:
-        raise NotRepresentable("", "a datetime without a time zone says no instant")
+        raise NotRepresentable("", "a datetime without a time zone is no instant; give it one")
     return moment
 
 

@@ -10,9 +10,7 @@ from datetime import timedelta
 from time import monotonic
 from typing import TYPE_CHECKING
 
-from sqlalchemy.exc import DBAPIError
-
-from sqlqueue.link import Link
+from sqlqueue.link import DatabaseError, Link
 from sqlqueue.store import Ended
 
 if TYPE_CHECKING:
@@ -27,7 +25,7 @@ class Heartbeat:
     def __init__(self, worker: "Worker") -> None:
         self._worker = worker
         self._ttl = worker.options.ttl.total_seconds()
-        self._link = Link(worker.queue.engine)
+        self._link = Link(worker.queue.engine, worker.queue.store)
         self._beat_at = monotonic()
         self._unknown: set[tuple[str, int]] = set()
 
@@ -37,8 +35,8 @@ class Heartbeat:
             self._watch_turns()
             try:
                 self._beat()
-            except DBAPIError as error:
-                log.warning("worker %d: no beat: %s", self._worker.id, error.orig)
+            except DatabaseError as error:
+                log.warning("worker %d: no beat: %s", self._worker.id, error)
             if monotonic() - self._beat_at > self._ttl * 2 / 3:
                 self._worker.fence("could not beat")
                 self._beat_at = monotonic()
@@ -47,7 +45,7 @@ class Heartbeat:
     def _beat(self) -> None:
         worker, store = self._worker, self._worker.queue.store
         number, began = worker.id, monotonic()
-        with self._link.begin() as conn:
+        with self._link.begin(worker.options.ttl) as conn:
             is_alive = store.beat(conn, number)
         if not is_alive:
             if number == worker.id:
@@ -57,8 +55,7 @@ class Heartbeat:
         if worker.signs:
             worker.signs.worker_id, worker.signs.beat_at = number, began
         known = set(worker.held.copy())
-        with self._link.begin() as conn:
-            store.begin(conn, worker.options.ttl)
+        with self._link.begin(worker.options.ttl) as conn:
             leases = store.leases(conn, number)
             unknown = set(leases) - known - set(worker.held.copy())
             # A claim may just be on its way back; what is unknown twice has lost its reply, or

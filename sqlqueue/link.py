@@ -2,39 +2,62 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
 
+import psycopg
+from psycopg.rows import namedtuple_row
 from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import DBAPIError
 
-from sqlqueue.transaction import without_parameters
+from sqlqueue.store import Executes, Store
+
+# What is READ COMMITTED skips locked rows and counts right, whatever the database's default is.
+BEGIN = "begin isolation level read committed;"
+DatabaseError = (psycopg.Error, DBAPIError)
 
 
 class Link:
-    """Lends one connection for one transaction at a time.
+    """Lends one connection for one transaction at a time, through the driver itself.
 
-    isolation  READ COMMITTED: what skipping locked rows and counting needs, whatever the
-               database's default; or AUTOCOMMIT
+    The engine opens it, with all that the application has set up there.
     """
 
-    def __init__(self, engine: Engine, isolation: str = "READ COMMITTED") -> None:
+    def __init__(self, engine: Engine, store: Store) -> None:
         self._engine = engine
-        self._isolation = isolation
+        self._store = store
         self._conn: Connection | None = None
+        self._driver: psycopg.Connection[Any]
+
+    def exec_driver_sql(self, statement: str, parameters: Any = None, /) -> Any:
+        """Run a statement, as a SQLAlchemy Connection does."""
+        cursor = psycopg.Cursor(self._driver, row_factory=namedtuple_row)
+        return cursor.execute(statement, parameters)
 
     @contextmanager
-    def begin(self) -> Iterator[Connection]:
-        """Lend the connection for a transaction; after an error of the database it is closed."""
+    def begin(self, patience: timedelta) -> Iterator[Executes]:
+        """Lend the connection for a transaction that may be silent for `patience`.
+
+        After an error of the database the connection is closed. Raises what the driver raises.
+        """
         try:
-            with without_parameters():
-                if self._conn is None:
-                    conn = self._engine.connect()
-                    self._conn = conn.execution_options(isolation_level=self._isolation)
-                    conn.detach()
-                with self._conn.begin():
-                    yield self._conn
-        except DBAPIError:
+            driver = self._open()
+            # One round trip: a client-side cursor sends two statements as one text.
+            psycopg.ClientCursor(driver).execute(*self._store.beginning(BEGIN, patience))
+            yield self
+            driver.commit()
+        except DatabaseError:
             self.close()
             raise
+        except BaseException:
+            self._driver.rollback()
+            raise
+
+    def _open(self) -> psycopg.Connection[Any]:
+        if self._conn is None:
+            self._conn = self._engine.connect()
+            self._driver = driver_of(self._conn)
+        return self._driver
 
     def close(self) -> None:
         """Close the connection; the next transaction opens another."""
@@ -42,3 +65,11 @@ class Link:
         if conn is not None:
             conn.invalidate()
             conn.close()
+
+
+def driver_of(conn: Connection) -> psycopg.Connection[Any]:
+    """Take the psycopg connection out of the pool it came from; every statement commits."""
+    conn.detach()
+    driver: psycopg.Connection[Any] = conn.connection.dbapi_connection  # type: ignore[assignment]
+    driver.autocommit = True
+    return driver

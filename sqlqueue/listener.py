@@ -11,8 +11,8 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 import psycopg
-from sqlalchemy.exc import DBAPIError
 
+from sqlqueue.link import DatabaseError, driver_of
 from sqlqueue.store import Lane
 
 if TYPE_CHECKING:
@@ -35,15 +35,13 @@ class Listener:
         while not self._worker.stopped.is_set():
             try:
                 with self._worker.queue.engine.connect() as conn:
-                    conn.detach()
-                    self._listen(conn.connection.dbapi_connection)
-            except (DBAPIError, psycopg.Error) as error:
+                    self._listen(driver_of(conn))
+            except DatabaseError as error:
                 log.warning("worker %d: does not listen: %s", self._worker.id, error)
             self.is_heard = False
             self._worker.stopped.wait(RECONNECT_AFTER)
 
-    def _listen(self, driver: Any) -> None:
-        driver.autocommit = True
+    def _listen(self, driver: psycopg.Connection[Any]) -> None:
         channel = self._worker.queue.store.schema
         driver.execute(f"listen {channel}")
         echo = f"0 echo {os.getpid()}-{id(self)}"

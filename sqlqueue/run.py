@@ -5,7 +5,7 @@ The same code runs in threads, on the event loop and in child processes.
 
 import traceback
 from contextvars import ContextVar
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
@@ -44,26 +44,31 @@ class Run:
     has_finished  whether the task called `finish`
     """
 
+    interrupted: str | None = None
+    interrupted_at = 0.0
+    is_over = False
+    has_finished = False
+    started: float | None = None
+    handle: Any = None
+
     def __init__(
         self, row: Any, task: "Task[..., Any] | None", store: Store, claimed: float
     ) -> None:
         self.row = row
         self.key: tuple[str, int] = (row.job_id, row.run)
-        self.number: int = row.run
         self.registered: Task[..., Any] = task  # type: ignore[assignment]  # None never runs
-        self.interrupted: str | None = None
-        self.interrupted_at = 0.0
-        self.is_over = False
-        self.has_finished = False
         self.claimed = claimed
-        self.started: float | None = None
-        self.handle: Any = None
         self._store = store
 
     @property
     def job_id(self) -> UUID:
         """The job's id."""
         return UUID(self.key[0])
+
+    @property
+    def number(self) -> int:
+        """1 for the first run of the job; never used twice."""
+        return self.key[1]
 
     @property
     def task(self) -> str:
@@ -91,8 +96,7 @@ class Run:
         """When the time of this run is over, by the database's clock; None: never."""
         if self.row.timeout is None:
             return None
-        deadline: datetime = self.row.claimed_at + timedelta(seconds=self.row.timeout)
-        return deadline
+        return datetime.fromtimestamp(self.row.claimed_at + self.row.timeout, UTC)
 
     @property
     def fencing_token(self) -> str:

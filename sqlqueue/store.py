@@ -104,17 +104,21 @@ class Store:
         return added
 
     def begin(self, conn: Executes, patience: timedelta) -> None:
-        """Prepare a transaction of the worker's: plans by index only, silence is ended."""
-        text = f"{patience // timedelta(milliseconds=1)}ms"
-        self._rows(conn, "begin", {"patience": text})
+        """Prepare a transaction of the worker's: plans by index only, long silence is ended."""
+        conn.exec_driver_sql(*self.beginning("", patience))
+
+    def beginning(self, before: str, patience: timedelta) -> tuple[str, Params]:
+        """Return what `begin` runs, to be sent with a statement that goes before."""
+        milliseconds = patience // timedelta(milliseconds=1)
+        return before + statement("begin", self.schema), {"patience": f"{milliseconds}ms"}
 
     def claim(self, conn: Executes, lane: Lane, floor: int, slots: int, worker: int) -> Rows:
         """Lease up to `slots` ready jobs of a lane with seq above `floor`, in order of seq."""
         params = {"floor": floor, "slots": slots, "worker": worker, **lane._asdict()}
         return self._rows(conn, "claim", params)
 
-    def finish(self, conn: Executes, ended: Sequence[Ended]) -> set[tuple[str, int]]:
-        """End runs; return the (job id, run) of those that held their lease."""
+    def finish(self, conn: Executes, ended: Sequence[Ended]) -> set[str]:
+        """End runs of different jobs; return the ids of those that held their lease."""
         params = {
             "job_ids": "{" + ",".join([one.job_id for one in ended]) + "}",
             "runs": "{" + ",".join([str(one.run) for one in ended]) + "}",
@@ -126,13 +130,14 @@ class Store:
             "errors": array([one.error for one in ended]),
             "tracebacks": array([one.traceback for one in ended]),
         }
-        return {(row[0], row[1]) for row in self._rows(conn, "finish", params)}
+        are_all, some = self._rows(conn, "finish", params)[0]
+        return {one.job_id for one in ended} if are_all else set(some or ())
 
-    def held(self, conn: Executes, runs: Iterable[tuple[str, int]]) -> set[tuple[str, int]]:
-        """Return those of some (job id, run) that still hold their lease."""
+    def held(self, conn: Executes, runs: Iterable[tuple[str, int]]) -> set[str]:
+        """Return the job ids of those of some (job id, run) that still hold their lease."""
         asked = list(runs)
         params = {"job_ids": array(one[0] for one in asked), "runs": array(o[1] for o in asked)}
-        return {(row[0], row[1]) for row in self._rows(conn, "held", params)}
+        return {row[0] for row in self._rows(conn, "held", params)}
 
     def promote(
         self, conn: Executes, within: timedelta | None, batch: int

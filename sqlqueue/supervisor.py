@@ -8,6 +8,7 @@ suspects: jobs that took two workers down, which run there alone.
 import ctypes
 import logging
 import signal
+import sys
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -16,9 +17,7 @@ from multiprocessing.sharedctypes import RawValue
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy.exc import DBAPIError
-
-from sqlqueue.link import Link
+from sqlqueue.link import DatabaseError, Link
 from sqlqueue.process import SPAWN, die_with_parent
 from sqlqueue.worker import Worker, WorkerOptions
 
@@ -28,6 +27,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("sqlqueue.supervisor")
 LOOK_EVERY = 0.2  # seconds
 RESTART_AFTER = 1.0  # seconds between two starts of a child that keeps dying
+SWITCH_EVERY = 0.0005  # seconds: turns wait for the interpreter's lock behind tasks; 0.005 is usual
 SILENT_TTLS = 10  # a child that gives no sign for this many ttl is killed
 
 
@@ -62,7 +62,7 @@ class Supervisor:
         self._names = names
         self._options = replace(options, suspects="never")
         self._queue = load()
-        self._link = Link(self._queue.engine)
+        self._link = Link(self._queue.engine, self._queue.store)
         self._processes = n
         self._children: list[_Child] = []
         self._signals = 0
@@ -114,13 +114,12 @@ class Supervisor:
 
     def _rescue(self, worker: int) -> None:
         try:
-            with self._link.begin() as conn:
-                self._queue.store.begin(conn, self._options.ttl)
+            with self._link.begin(self._options.ttl) as conn:
                 ended = self._queue.store.rescue(conn, 10_000, worker)
             for one in ended:
                 log.warning("job %s: run %d crashed: %s", one.job_id, one.run, one.error)
-        except DBAPIError as error:
-            log.error("worker %d died; its jobs are rescued after its ttl: %s", worker, error.orig)
+        except DatabaseError as error:
+            log.error("worker %d died; its jobs are rescued after its ttl: %s", worker, error)
 
     def _watch(self, child: _Child) -> None:
         ttl = self._options.ttl.total_seconds()
@@ -138,10 +137,10 @@ class Supervisor:
 
     def _beat_for(self, child: _Child) -> None:
         try:
-            with self._link.begin() as conn:
+            with self._link.begin(self._options.ttl) as conn:
                 self._queue.store.beat(conn, child.signs.worker_id)
-        except DBAPIError as error:
-            log.warning("no beat for worker %d: %s", child.signs.worker_id, error.orig)
+        except DatabaseError as error:
+            log.warning("no beat for worker %d: %s", child.signs.worker_id, error)
 
 
 def _serve(
@@ -149,6 +148,7 @@ def _serve(
 ) -> None:
     """Be a child: work until told to stop."""
     die_with_parent()
+    sys.setswitchinterval(SWITCH_EVERY)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     worker = Worker(load(), names, options, signs)
     signal.signal(signal.SIGTERM, lambda *_: worker.stop())

@@ -9,10 +9,8 @@ from datetime import timedelta
 from time import monotonic
 from typing import TYPE_CHECKING
 
-from sqlalchemy.exc import DBAPIError
-
 from sqlqueue.lanes import Sweeps
-from sqlqueue.link import Link
+from sqlqueue.link import DatabaseError, Link
 
 if TYPE_CHECKING:
     from sqlqueue.worker import Worker
@@ -31,7 +29,7 @@ class Upkeep:
         self.passes = 0
         self._worker = worker
         self._store = worker.queue.store
-        self._link = Link(worker.queue.engine)
+        self._link = Link(worker.queue.engine, worker.queue.store)
         self._wake = threading.Event()
         self._sweeps = Sweeps(10.0)
         self._rescues = Sweeps(worker.options.ttl.total_seconds() / 6)
@@ -59,8 +57,8 @@ class Upkeep:
                 if self._tidies.is_due(monotonic()):
                     self._tidy()
                 self.passes += 1
-            except DBAPIError as error:
-                log.warning("worker %d: upkeep: %s", self._worker.id, error.orig)
+            except DatabaseError as error:
+                log.warning("worker %d: upkeep: %s", self._worker.id, error)
                 wait = LOOK_EVERY
         self._link.close()
 
@@ -71,30 +69,27 @@ class Upkeep:
         window = None if sweeps else WINDOW
         moved = BATCH
         while moved >= BATCH:
-            with self._link.begin() as conn:
-                self._store.begin(conn, self._worker.options.ttl)
+            with self._link.begin(self._worker.options.ttl) as conn:
                 lanes = self._store.promote(conn, window, BATCH)
             moved = sum(count for _, count in lanes)
             for lane, _ in lanes:
                 self._worker.ring(lane)
         if sweeps:
             self._sweeps.took(monotonic() - began, monotonic())
-        with self._link.begin() as conn:
-            self._store.begin(conn, self._worker.options.ttl)
+        with self._link.begin(self._worker.options.ttl) as conn:
             due = self._store.next_due(conn)
         return LOOK_EVERY if due is None else max(due.total_seconds(), 0.0)
 
     def _rescue(self, seen_dead: int | None = None) -> None:
         began = monotonic()
-        with self._link.begin() as conn:
-            self._store.begin(conn, self._worker.options.ttl)
+        with self._link.begin(self._worker.options.ttl) as conn:
             for one in self._store.rescue(conn, BATCH, seen_dead):
                 log.warning("job %s: run %d crashed: %s", one.job_id, one.run, one.error)
         self._rescues.took(monotonic() - began, monotonic())
 
     def _tidy(self) -> None:
         began = monotonic()
-        with self._link.begin() as conn:
+        with self._link.begin(self._worker.options.ttl) as conn:
             for line in self._store.tidy(conn):
                 log.info("upkeep: %s", line)
         self._tidies.took(monotonic() - began, monotonic())

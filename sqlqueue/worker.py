@@ -17,8 +17,6 @@ from functools import partial
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import Connection
-from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 from sqlalchemy.orm import Session
 
@@ -26,12 +24,12 @@ import sqlqueue
 from sqlqueue.executors import Executor, LoopExecutor, ThreadExecutor
 from sqlqueue.heartbeat import Heartbeat
 from sqlqueue.lanes import Lanes, Sweeps
-from sqlqueue.link import Link
+from sqlqueue.link import DatabaseError, Link
 from sqlqueue.listener import Listener
 from sqlqueue.perform import InThread, OnLoop
 from sqlqueue.process import Child
 from sqlqueue.run import Run
-from sqlqueue.store import Ended, Lane
+from sqlqueue.store import Ended, Executes, Lane
 from sqlqueue.store import Worker as Registration
 from sqlqueue.upkeep import Upkeep
 
@@ -106,7 +104,7 @@ class Worker:
         self.held: dict[tuple[str, int], Run] = {}
         self.progress = monotonic()
         self.stopped = threading.Event()
-        self._link = Link(queue.engine)
+        self._link = Link(queue.engine, queue.store)
         self._executors: dict[str, Executor] = {}
         self._outbox: deque[tuple[Run, Ended | None]] = deque()
         self._unsettled: list[tuple[Run, Ended | None]] = []
@@ -174,7 +172,7 @@ class Worker:
         self.join()
 
     def _register(self) -> None:
-        with self._link.begin() as conn:
+        with self._link.begin(self.options.ttl) as conn:
             self.id = self.queue.store.register(
                 conn,
                 Registration(
@@ -234,8 +232,8 @@ class Worker:
             try:
                 self.step()
                 wait = self._pause()
-            except DBAPIError as error:
-                log.warning("worker %d: the database said: %s", self.id, error.orig)
+            except DatabaseError as error:
+                log.warning("worker %d: the database said: %s", self.id, error)
                 wait = min(self.options.poll.total_seconds(), 0.5)
         self._leave()
 
@@ -249,8 +247,7 @@ class Worker:
         room = self._room()
         if not ended and room <= 0:
             return 0
-        with self._link.begin() as conn:
-            self.queue.store.begin(conn, self.options.ttl * 2 / 3)
+        with self._link.begin(self.options.ttl * 2 / 3) as conn:
             finished, locked = self._settle(conn, ended)
             rows = self._claim(conn, room) if room > 0 else []
             strays = [self._stray(conn, r) for r in rows if r.task not in self.queue.tasks]
@@ -269,29 +266,29 @@ class Worker:
         return self._unsettled
 
     def _settle(
-        self, conn: Connection, ended: Sequence[tuple[Run, Ended | None]]
-    ) -> tuple[set[tuple[str, int]], set[tuple[str, int]]]:
+        self, conn: Executes, ended: Sequence[tuple[Run, Ended | None]]
+    ) -> tuple[set[str], set[str]]:
         """Finish runs; return those that were finished, and those to be tried again."""
         store = self.queue.store
-        finished: set[tuple[str, int]] = set()
+        finished: set[str] = set()
         succeeded = [one for _, one in ended if one and one.outcome == "succeeded"]
         others = [one for _, one in ended if one and one.outcome != "succeeded"]
         for some in (succeeded, others):
             if some:
                 finished |= store.finish(conn, some)
-        left = {run.key for run, _ in ended} - finished
+        left = [run.key for run, _ in ended if run.key[0] not in finished]
         return finished, store.held(conn, left) if left else set()
 
     def _forget(
         self,
         ended: list[tuple[Run, Ended | None]],
-        finished: set[tuple[str, int]],
-        locked: set[tuple[str, int]],
+        finished: set[str],
+        locked: set[str],
     ) -> None:
         self._unsettled = []
         rans: list[float] = []
         for run, one in ended:
-            if run.key in locked:
+            if run.key[0] in locked:
                 if one is None:
                     error = RuntimeError("run.finish was rolled back by the task")
                     one = run.failed(error)
@@ -300,7 +297,7 @@ class Worker:
             self.held.pop(run.key, None)
             if one is None:
                 log.debug("job %s: run %d finished its job itself", *run.key)
-            elif run.key not in finished:
+            elif run.key[0] not in finished:
                 log.warning("job %s: run %d lost its lease; its outcome was dropped", *run.key)
             else:
                 if one.ran is not None:
@@ -329,6 +326,8 @@ class Worker:
         slots = self.options.slots
         ahead = min(AHEAD, int(slots * HORIZON / self._usual)) if self._usual else 0
         room = slots + ahead - len(self.held)
+        if len(self.held) > slots and room < min(BATCH, ahead // 2):
+            return 0  # nobody waits for it: claim more at a time
         if self.options.max_jobs is not None:
             room = min(room, self.options.max_jobs - self._taken)
         return room
@@ -338,7 +337,7 @@ class Worker:
         """Whether to claim suspects, one by one, and nothing else."""
         return self._sees_suspects or self.options.suspects == "only"
 
-    def _claim(self, conn: Connection, room: int) -> list[Any]:
+    def _claim(self, conn: Executes, room: int) -> list[Any]:
         began = monotonic()
         probes = self._is_probing
         sweeps = self._sweeps.is_due(began)
@@ -364,7 +363,7 @@ class Worker:
             self.stop()
         return rows
 
-    def _discover(self, conn: Connection) -> None:
+    def _discover(self, conn: Executes) -> None:
         """Find lanes that are not known yet, and whether suspects wait."""
         store, only = self.queue.store, self.options.suspects == "only"
         for queue in self.lanes.names:
@@ -377,7 +376,7 @@ class Worker:
                 if self.signs:
                     self.signs.wants_probe = True
 
-    def _mind_the_bell(self, conn: Connection, found: bool, filled_by: Lane | None) -> None:
+    def _mind_the_bell(self, conn: Executes, found: bool, filled_by: Lane | None) -> None:
         """Arm it before a long sleep, take it away when there is work, pass it on when full."""
         now = monotonic()
         names, store = self.lanes.names, self.queue.store
@@ -413,7 +412,7 @@ class Worker:
             wait = min(0.05 * 2 ** (self._looks - len(LINGER)), poll)
         return max(0.0, min(wait, self._next_check - monotonic()))
 
-    def _stray(self, conn: Connection, row: Any) -> tuple[Run, Ended]:
+    def _stray(self, conn: Executes, row: Any) -> tuple[Run, Ended]:
         """Say what becomes of a job whose task this worker does not know."""
         key = (row.job_id, row.run)
         if row.task is None:
@@ -561,7 +560,7 @@ class Worker:
         self.stopped.set()
         self.upkeep.wake()
         if not self.held:
-            with suppress(DBAPIError), self._link.begin() as conn:
+            with suppress(*DatabaseError), self._link.begin(self.options.ttl) as conn:
                 self.queue.store.unregister(conn, self.id)
         self._link.close()
         log.info("worker %d: stopped after %d runs", self.id, self._taken)

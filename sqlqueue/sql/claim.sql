@@ -52,7 +52,7 @@ select
     job.keep,
     cast(job.headers as text) as headers,
     job.expires_at <= now() as is_expired,
-    now() as claimed_at
+    cast(extract(epoch from now()) as double precision) as claimed_at
 from picked
 left join sqlqueue.job on job.id = picked.job_id
 order by picked.seq

@@ -5,8 +5,8 @@
 -- locks   the leases it ends; skips those locked elsewhere, so it never waits
 -- caller  Worker, once per turn; Run.finish, in the transaction of the task; rescue
 --
--- A run is ended if its lease is still there, with its number: those that come back were; of the
--- others nothing was recorded. :waits says when the job runs again, null that it has ended. A
+-- A run is ended if its lease is still there, with its number; of the others nothing is recorded,
+-- and if there are such, the jobs of those that were ended come back. :waits says when the job runs again, null that it has ended. A
 -- job that somebody asked to cancel does not run again.
 with held as materialized (
     select
@@ -66,5 +66,9 @@ later as (
     from counted
     where wait is not null and outcome not in ('returned', 'crashed')
 )
-select cast(job_id as text) as job_id, run
+select
+    count(*) = cardinality(cast(:runs as integer[])) as are_all,
+    case when count(*) < cardinality(cast(:runs as integer[])) then
+        array_agg(cast(job_id as text))
+    end as some
 from counted
