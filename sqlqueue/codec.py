@@ -413,9 +413,7 @@ def _class(kind: Any) -> _Codec:
         return _record(kind)
     if hasattr(kind, "__struct_fields__"):  # of msgspec
         msgspec = sys.modules["msgspec"]
-        # to_builtins leaves tuples as they are.
-        dump = lambda value: _DECODER.decode(_ENCODER.encode(msgspec.to_builtins(value)))
-        return _model(kind, dump, partial(msgspec.convert, type=kind))
+        return _model(kind, msgspec.to_builtins, partial(msgspec.convert, type=kind))
     if hasattr(kind, "model_validate"):  # of pydantic
         dump = partial(kind.model_dump, mode="json", by_alias=True, round_trip=True)
         return _model(kind, dump, kind.model_validate)
@@ -426,7 +424,7 @@ def _model(kind: Any, dump: _Convert, load: _Convert) -> _Codec:
     """A model that knows its own JSON; it is loaded once before it is sent."""
 
     def checked(value: Any) -> Any:
-        form = dump(value)
+        form = _DECODER.decode(_ENCODER.encode(dump(value)))  # makes tuples lists
         load(form)
         return form
 

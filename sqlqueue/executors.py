@@ -10,6 +10,7 @@ import threading
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from queue import Empty, SimpleQueue
+from time import monotonic
 from typing import Protocol
 
 from sqlqueue.run import Run
@@ -140,8 +141,9 @@ class ThreadExecutor:
     def stop(self) -> None:
         for _ in self._threads:
             self._waiting.put(None)
+        deadline = monotonic() + 1
         for thread in self._threads:
-            thread.join(timeout=1)
+            thread.join(timeout=max(0, deadline - monotonic()))
 
     def _work(self) -> None:
         performer = self._make()

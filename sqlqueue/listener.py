@@ -48,6 +48,7 @@ class Listener:
         with self._worker.queue.autocommit() as other:
             other.exec_driver_sql("select pg_notify(%s, %s)", (channel, echo))
         began = monotonic()
+        self._worker.ring()  # for what was not heard before
         while not self._worker.stopped.is_set():
             for heard in driver.notifies(timeout=0.5, stop_after=1):
                 if heard.payload == echo:

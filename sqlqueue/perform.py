@@ -6,6 +6,7 @@ of how the run ended.
 
 import asyncio
 from collections.abc import Callable
+from contextvars import copy_context
 
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
@@ -22,6 +23,9 @@ class InThread:
 
     def perform(self, run: Run) -> Ended | None:
         """Call the function; None if the run finished its job in a transaction of its own."""
+        return copy_context().run(self._perform, run)
+
+    def _perform(self, run: Run) -> Ended | None:
         try:
             args, kwargs = run.start()
             if run.registered.transactional:

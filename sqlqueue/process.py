@@ -49,6 +49,8 @@ class Child:
             if self._process is None:
                 self._start()
             self._current = run
+            if run.interrupted:
+                return run.stopped()
         run.started = monotonic()
         try:
             self._pipe.send((_address(run.registered), run.row._asdict(), run.claimed))

@@ -49,6 +49,7 @@ class Run:
     is_over = False
     has_finished = False
     started: float | None = None
+    executor: Any = None
     handle: Any = None
 
     def __init__(
@@ -183,6 +184,10 @@ class Run:
             return self.stopped()
         wait = None if self.row.is_last_crash else timedelta(0)
         return self._ended("crashed", wait, "crashed", how)
+
+    def unstorable(self, error: Exception) -> Ended:
+        """Describe the end of a run whose outcome the database refused."""
+        return self._ended("failed", None, class_name(type(error)), "its outcome cannot be stored")
 
     def _retry(self) -> Retry:
         declared = self.registered.options.retry

@@ -7,6 +7,7 @@ suspects: jobs that took two workers down, which run there alone.
 
 import ctypes
 import logging
+import os
 import signal
 import sys
 import threading
@@ -28,6 +29,7 @@ log = logging.getLogger("sqlqueue.supervisor")
 LOOK_EVERY = 0.2  # seconds
 RESTART_AFTER = 1.0  # seconds between two starts of a child that keeps dying
 SWITCH_EVERY = 0.0005  # seconds: turns wait for the interpreter's lock behind tasks; 0.005 is usual
+STUCK = 75  # exit code of a child that is to be replaced
 SILENT_TTLS = 10  # a child that gives no sign for this many ttl is killed
 
 
@@ -154,3 +156,5 @@ def _serve(
     signal.signal(signal.SIGTERM, lambda *_: worker.stop())
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent passes it on
     worker.run()
+    if worker.is_stuck:
+        os._exit(STUCK)  # threads that do not end would keep this process

@@ -17,6 +17,7 @@ from functools import partial
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
+import psycopg
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 from sqlalchemy.orm import Session
 
@@ -89,8 +90,8 @@ class Worker:
     """Leases the jobs of some queues and runs them. Made by `Queue.worker`.
 
     Either `run()`, which returns when it has stopped, or a context manager that works in the
-    background. `progress` is the monotonic time of the last turn; `signs` is shared with the
-    supervisor, if there is one.
+    background. `progress` is the monotonic time of the last turn; `is_stuck` says that a run
+    goes on after its end; `signs` is shared with the supervisor, if there is one.
     """
 
     def __init__(
@@ -103,11 +104,13 @@ class Worker:
         self.id = 0
         self.held: dict[tuple[str, int], Run] = {}
         self.progress = monotonic()
+        self.is_stuck = False
         self.stopped = threading.Event()
         self._link = Link(queue.engine, queue.store)
         self._executors: dict[str, Executor] = {}
         self._outbox: deque[tuple[Run, Ended | None]] = deque()
         self._unsettled: list[tuple[Run, Ended | None]] = []
+        self._isolates = False
         self._wake = threading.Event()
         self._sweeps = Sweeps(options.poll.total_seconds())
         self._taken = 0
@@ -116,6 +119,7 @@ class Worker:
         self._armed_until = 0.0
         self._has_armed = False
         self._next_check = float("inf")
+        self._must_check = False
         self._stop_by: float | None = None
         self._is_fenced = False
         self._sees_suspects = False
@@ -243,14 +247,21 @@ class Worker:
         if self._is_fenced:
             self._begin_anew()
         self._check(now)
-        ended = self._gather()
+        ended = self._gather()[: 1 if self._isolates else None]
         room = self._room()
         if not ended and room <= 0:
             return 0
-        with self._link.begin(self.options.ttl * 2 / 3) as conn:
-            finished, locked = self._settle(conn, ended)
-            rows = self._claim(conn, room) if room > 0 else []
-            strays = [self._stray(conn, r) for r in rows if r.task not in self.queue.tasks]
+        try:
+            with self._link.begin(self.options.ttl * 2 / 3) as conn:
+                finished, locked = self._settle(conn, ended)
+                rows = self._claim(conn, room) if room > 0 else []
+                strays = [self._stray(conn, r) for r in rows if r.task not in self.queue.tasks]
+        except psycopg.DataError as error:
+            # One outcome that cannot be stored must not hold up the others: find it, end it.
+            if self._isolates and ended:
+                self._unsettled[0] = (ended[0][0], ended[0][0].unstorable(error))
+            self._isolates = True
+            return 0
         if self._has_armed:
             self._has_armed = False
             self.upkeep.wake()  # what was scheduled before the bell hung there did not ring
@@ -285,7 +296,8 @@ class Worker:
         finished: set[str],
         locked: set[str],
     ) -> None:
-        self._unsettled = []
+        self._unsettled = self._unsettled[len(ended) :]
+        self._isolates = bool(self._unsettled)
         rans: list[float] = []
         for run, one in ended:
             if run.key[0] in locked:
@@ -453,7 +465,10 @@ class Worker:
         if len(self.held) > self.options.slots:
             self._next_check = min(self._next_check, now + STALE)
         for kind, runs in batches.items():
-            self._executor(kind).submit(runs)
+            executor = self._executor(kind)
+            for run in runs:
+                run.executor = executor
+            executor.submit(runs)
 
     def _executor(self, kind: str) -> Executor:
         if kind not in self._executors:
@@ -480,8 +495,9 @@ class Worker:
         """Interrupt what is out of time, give up on what ignores that, hand back what waits."""
         if self._stop_by is not None:
             self._wind_down(now)
-        if now < self._next_check:
+        if now < self._next_check and not self._must_check:
             return
+        self._must_check = False
         patience = self.options.ttl.total_seconds() / 6
         self._next_check = float("inf")
         for run in self.held.values():
@@ -500,7 +516,8 @@ class Worker:
             else:
                 log.warning("job %s: run %d goes on after it was %s", *run.key, run.interrupted)
                 self.done(run, run.stopped())
-                if self.signs:
+                self.is_stuck = True
+                if self.signs and self._stop_by is None:
                     self.stop()  # to be replaced by a fresh process
         if len(self.held) > self.options.slots:
             self._next_check = min(self._next_check, now + STALE)
@@ -513,9 +530,9 @@ class Worker:
         if run.interrupted is None:
             run.interrupted_at = monotonic()
             run.interrupted = why
-        for executor in self._executors.values():
-            executor.interrupt(run)
-        self._next_check = 0.0
+        if run.executor is not None:
+            run.executor.interrupt(run)
+        self._must_check = True
         self.wake()
 
     def _withdraw(self) -> None:
