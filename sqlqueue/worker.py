@@ -22,6 +22,7 @@ from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 from sqlalchemy.orm import Session
 
 import sqlqueue
+from sqlqueue.bell import Bell
 from sqlqueue.executors import Executor, LoopExecutor, ThreadExecutor
 from sqlqueue.heartbeat import Heartbeat
 from sqlqueue.lanes import Lanes, Sweeps
@@ -42,7 +43,6 @@ BATCH = 500  # rows that a claim leases at most
 AHEAD = 1000  # jobs claimed before there is a slot for them, at most
 HORIZON = 0.03  # seconds of work claimed ahead, by how long jobs have been taking
 STALE = 0.25  # seconds after which a job that still waits for a slot here is handed back
-LINGER = (0.002, 0.005, 0.01)  # seconds between looks, before the bell is armed
 LAST_UNKNOWN = 3600.0  # seconds that a job waits for a worker that knows its task
 
 
@@ -107,6 +107,7 @@ class Worker:
         self.is_stuck = False
         self.stopped = threading.Event()
         self._link = Link(queue.engine, queue.store)
+        self._bell = Bell(queue.store, self.lanes.names, options.poll)
         self._executors: dict[str, Executor] = {}
         self._outbox: deque[tuple[Run, Ended | None]] = deque()
         self._unsettled: list[tuple[Run, Ended | None]] = []
@@ -115,9 +116,6 @@ class Worker:
         self._sweeps = Sweeps(options.poll.total_seconds())
         self._taken = 0
         self._usual = 0.0  # seconds a job has been taking; 0: not known yet
-        self._looks = 0  # looks in a row that found nothing
-        self._armed_until = 0.0
-        self._has_armed = False
         self._next_check = float("inf")
         self._must_check = False
         self._stop_by: float | None = None
@@ -203,7 +201,7 @@ class Worker:
         """Look for jobs now; in this lane too, if it is not known."""
         if lane:
             self.lanes.add(lane)
-        self._looks = 0
+        self._bell.look()
         self.wake()
 
     def fence(self, why: str) -> None:
@@ -262,9 +260,9 @@ class Worker:
                 self._unsettled[0] = (ended[0][0], ended[0][0].unstorable(error))
             self._isolates = True
             return 0
-        if self._has_armed:
-            self._has_armed = False
-            self.upkeep.wake()  # what was scheduled before the bell hung there did not ring
+        if self._bell.has_hung:
+            self._bell.has_hung = False
+            self.upkeep.wake()  # what was scheduled before it hung there did not ring
         self._forget(ended, finished, locked)
         self._launch(rows, strays)
         return len(rows)
@@ -369,7 +367,11 @@ class Worker:
             self._sweeps.took(monotonic() - began, monotonic())
         if probes and not rows:
             self._sees_suspects = False
-        self._mind_the_bell(conn, bool(rows), lane if len(rows) == room else None)
+        if rows:
+            self._bell.found(conn, self.id, lane if len(rows) == room else None)
+        else:
+            is_heard = self.options.listen and self.listener.is_heard
+            self._bell.found_nothing(conn, self.id, is_heard)
         self._taken += len(rows)
         if self.options.drain and sweeps and not rows and not self.held and self.upkeep.passes:
             self.stop()
@@ -388,40 +390,12 @@ class Worker:
                 if self.signs:
                     self.signs.wants_probe = True
 
-    def _mind_the_bell(self, conn: Executes, found: bool, filled_by: Lane | None) -> None:
-        """Arm it before a long sleep, take it away when there is work, pass it on when full."""
-        now = monotonic()
-        names, store = self.lanes.names, self.queue.store
-        if found:
-            self._looks = 0
-            if self._armed_until > now:
-                store.disarm(conn, names, self.id)
-                if filled_by:
-                    store.pass_on(conn, filled_by)
-            self._armed_until = 0.0
-            return
-        self._looks += 1
-        patience = 2 * self.options.poll + timedelta(seconds=1)
-        lasts = patience.total_seconds()
-        is_heard = self.options.listen and self.listener.is_heard
-        if is_heard and self._looks >= len(LINGER) and self._armed_until - now < lasts / 2:
-            store.arm(conn, names, self.id, patience)
-            if self._armed_until <= now:
-                self._looks = len(LINGER) - 1  # look once more before the sleep
-                self._has_armed = True
-            self._armed_until = now + lasts
-
     def _pause(self) -> float:
         """Say for how long to sleep if nobody wakes this thread."""
-        poll = self.options.poll.total_seconds()
         if self._unsettled or self._is_fenced:
             return 0.005
-        if self._stop_by is not None or self._room() <= 0:
-            wait = poll
-        elif self._looks < len(LINGER):
-            wait = LINGER[self._looks]
-        else:
-            wait = min(0.05 * 2 ** (self._looks - len(LINGER)), poll)
+        can_claim = self._stop_by is None and self._room() > 0
+        wait = self._bell.pause() if can_claim else self.options.poll.total_seconds()
         return max(0.0, min(wait, self._next_check - monotonic()))
 
     def _stray(self, conn: Executes, row: Any) -> tuple[Run, Ended]:
