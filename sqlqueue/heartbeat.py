@@ -54,10 +54,10 @@ class Heartbeat:
         self._beat_at = began
         if worker.signs:
             worker.signs.worker_id, worker.signs.beat_at = number, began
-        known = set(worker.held.copy())
+        known = set(worker.runs.held.copy())
         with self._link.begin(worker.options.ttl) as conn:
             leases = store.leases(conn, number)
-            unknown = set(leases) - known - set(worker.held.copy())
+            unknown = set(leases) - known - set(worker.runs.held.copy())
             # A claim may just be on its way back; what is unknown twice has lost its reply, or
             # its finish was rolled back.
             strays = [Ended(*key, "returned", timedelta(0)) for key in unknown & self._unknown]
@@ -67,7 +67,7 @@ class Heartbeat:
         self._unknown = unknown
         for key, is_cancelled in leases.items():
             if is_cancelled:
-                worker.cancel(key)
+                worker.runs.cancel(key[0])
 
     def _watch_turns(self) -> None:
         silent = monotonic() - self._worker.progress

@@ -65,9 +65,7 @@ class Listener:
         if int(number) not in (0, self._worker.id):
             return
         if hint == "cancel":
-            for key in self._worker.held.copy():
-                if key[0] == subject:
-                    self._worker.cancel(key)
+            self._worker.runs.cancel(subject)
         elif hint == "due":
             self._worker.upkeep.wake()
         elif hint != "echo":

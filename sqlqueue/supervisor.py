@@ -156,5 +156,5 @@ def _serve(
     signal.signal(signal.SIGTERM, lambda *_: worker.stop())
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent passes it on
     worker.run()
-    if worker.is_stuck:
+    if worker.runs.is_stuck:
         os._exit(STUCK)  # threads that do not end would keep this process

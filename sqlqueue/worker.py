@@ -8,29 +8,23 @@ import logging
 import os
 import socket
 import threading
-from collections import deque
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import partial
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 import psycopg
-from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
-from sqlalchemy.orm import Session
 
 import sqlqueue
 from sqlqueue.bell import Bell
-from sqlqueue.executors import Executor, LoopExecutor, ThreadExecutor
 from sqlqueue.heartbeat import Heartbeat
 from sqlqueue.lanes import Lanes, Sweeps
 from sqlqueue.link import DatabaseError, Link
 from sqlqueue.listener import Listener
-from sqlqueue.perform import InThread, OnLoop
-from sqlqueue.process import Child
 from sqlqueue.run import Run
+from sqlqueue.runs import STALE, End, Runs
 from sqlqueue.store import Ended, Executes, Lane
 from sqlqueue.store import Worker as Registration
 from sqlqueue.upkeep import Upkeep
@@ -42,7 +36,6 @@ log = logging.getLogger("sqlqueue.worker")
 BATCH = 500  # rows that a claim leases at most
 AHEAD = 1000  # jobs claimed before there is a slot for them, at most
 HORIZON = 0.03  # seconds of work claimed ahead, by how long jobs have been taking
-STALE = 0.25  # seconds after which a job that still waits for a slot here is handed back
 LAST_UNKNOWN = 3600.0  # seconds that a job waits for a worker that knows its task
 
 
@@ -90,8 +83,8 @@ class Worker:
     """Leases the jobs of some queues and runs them. Made by `Queue.worker`.
 
     Either `run()`, which returns when it has stopped, or a context manager that works in the
-    background. `progress` is the monotonic time of the last turn; `is_stuck` says that a run
-    goes on after its end; `signs` is shared with the supervisor, if there is one.
+    background. `progress` is the monotonic time of the last turn; `signs` is shared with the
+    supervisor, if there is one.
     """
 
     def __init__(
@@ -102,22 +95,18 @@ class Worker:
         self.signs = signs
         self.lanes = Lanes.of(names)
         self.id = 0
-        self.held: dict[tuple[str, int], Run] = {}
+        self.runs = Runs(queue, options, self.wake)
         self.progress = monotonic()
-        self.is_stuck = False
         self.stopped = threading.Event()
         self._link = Link(queue.engine, queue.store)
         self._bell = Bell(queue.store, self.lanes.names, options.poll)
-        self._executors: dict[str, Executor] = {}
-        self._outbox: deque[tuple[Run, Ended | None]] = deque()
-        self._unsettled: list[tuple[Run, Ended | None]] = []
+        self._unsettled: list[End] = []
         self._isolates = False
         self._wake = threading.Event()
         self._sweeps = Sweeps(options.poll.total_seconds())
         self._taken = 0
         self._usual = 0.0  # seconds a job has been taking; 0: not known yet
-        self._next_check = float("inf")
-        self._must_check = False
+        self._next_check = 0.0
         self._stop_by: float | None = None
         self._is_fenced = False
         self._sees_suspects = False
@@ -210,19 +199,6 @@ class Worker:
         self._is_fenced = True
         self.wake()
 
-    def cancel(self, key: tuple[str, int]) -> None:
-        """Interrupt a run whose job somebody asked to cancel."""
-        run = self.held.get(key)
-        if run is not None:
-            self.interrupt(run, "cancelled")
-
-    def done(self, run: Run, ended: Ended | None) -> None:
-        """Take note of how a run ended, once; called by executors."""
-        if not run.is_over:
-            run.is_over = True
-            self._outbox.append((run, ended))
-            self.wake()
-
     # The turn
 
     def _work(self) -> None:
@@ -241,11 +217,11 @@ class Worker:
 
     def step(self) -> int:
         """Take one turn; return how many jobs it claimed."""
-        now = monotonic()
         if self._is_fenced:
             self._begin_anew()
-        self._check(now)
-        ended = self._gather()[: 1 if self._isolates else None]
+        self._next_check = self._check(monotonic())
+        self._unsettled += self.runs.take_over()
+        ended = self._unsettled[: 1 if self._isolates else None]
         room = self._room()
         if not ended and room <= 0:
             return 0
@@ -264,19 +240,12 @@ class Worker:
             self._bell.has_hung = False
             self.upkeep.wake()  # what was scheduled before it hung there did not ring
         self._forget(ended, finished, locked)
-        self._launch(rows, strays)
+        for run, end in strays:
+            self.runs.hold(run, end)
+        self.runs.launch(row for row in rows if row.task in self.queue.tasks)
         return len(rows)
 
-    def _gather(self) -> list[tuple[Run, Ended | None]]:
-        while self._outbox:
-            run, ended = self._outbox.popleft()
-            if self.held.get(run.key) is run:
-                self._unsettled.append((run, ended))
-        return self._unsettled
-
-    def _settle(
-        self, conn: Executes, ended: Sequence[tuple[Run, Ended | None]]
-    ) -> tuple[set[str], set[str]]:
+    def _settle(self, conn: Executes, ended: Sequence[End]) -> tuple[set[str], set[str]]:
         """Finish runs; return those that were finished, and those to be tried again."""
         store = self.queue.store
         finished: set[str] = set()
@@ -290,7 +259,7 @@ class Worker:
 
     def _forget(
         self,
-        ended: list[tuple[Run, Ended | None]],
+        ended: list[End],
         finished: set[str],
         locked: set[str],
     ) -> None:
@@ -304,7 +273,7 @@ class Worker:
                     one = run.failed(error)
                 self._unsettled.append((run, one))
                 continue
-            self.held.pop(run.key, None)
+            self.runs.held.pop(run.key, None)
             if one is None:
                 log.debug("job %s: run %d finished its job itself", *run.key)
             elif run.key[0] not in finished:
@@ -332,11 +301,11 @@ class Worker:
         if self._stop_by is not None:
             return 0
         if self._is_probing:
-            return 0 if self.held else 1
+            return 0 if self.runs.held else 1
         slots = self.options.slots
         ahead = min(AHEAD, int(slots * HORIZON / self._usual)) if self._usual else 0
-        room = slots + ahead - len(self.held)
-        if len(self.held) > slots and room < min(BATCH, ahead // 2):
+        room = slots + ahead - len(self.runs.held)
+        if len(self.runs.held) > slots and room < min(BATCH, ahead // 2):
             return 0  # nobody waits for it: claim more at a time
         if self.options.max_jobs is not None:
             room = min(room, self.options.max_jobs - self._taken)
@@ -373,7 +342,7 @@ class Worker:
             is_heard = self.options.listen and self.listener.is_heard
             self._bell.found_nothing(conn, self.id, is_heard)
         self._taken += len(rows)
-        if self.options.drain and sweeps and not rows and not self.held and self.upkeep.passes:
+        if self.options.drain and sweeps and not rows and not self.runs.held and self.upkeep.passes:
             self.stop()
         return rows
 
@@ -415,142 +384,42 @@ class Worker:
             )
         return Run(row, None, self.queue.store, monotonic()), ended
 
-    def _launch(self, rows: Sequence[Any], strays: list[tuple[Run, Ended]]) -> None:
-        """Hand claimed runs to the executors."""
-        now = monotonic()
-        batches: dict[str, list[Run]] = {}
-        for run, ended in strays:
-            self.held[run.key] = run
-            self.done(run, ended)
-        for row in rows:
-            task = self.queue.tasks.get(row.task)
-            if task is None:
-                continue
-            run = Run(row, task, self.queue.store, now)
-            self.held[run.key] = run
-            if row.is_expired:
-                self.done(run, Ended(*run.key, "expired", error_type="expired"))
-                continue
-            if row.timeout is not None:
-                self._next_check = min(self._next_check, now + row.timeout)
-            usual = "async" if task.is_async else "thread"
-            kind = row.executor if row.executor in (usual, "process") else usual
-            batches.setdefault(kind, []).append(run)
-        if len(self.held) > self.options.slots:
-            self._next_check = min(self._next_check, now + STALE)
-        for kind, runs in batches.items():
-            executor = self._executor(kind)
-            for run in runs:
-                run.executor = executor
-            executor.submit(runs)
+    # The end
 
-    def _executor(self, kind: str) -> Executor:
-        if kind not in self._executors:
-            self._executors[kind] = self._make_executor(kind)
-        return self._executors[kind]
-
-    def _make_executor(self, kind: str) -> Executor:
-        slots, options = self.options.slots, self.options
-        if kind == "async":
-            engine = create_async_engine(
-                self.queue.engine.url, hide_parameters=True, pool_size=slots
-            )
-            on_loop = OnLoop(partial(AsyncSession, engine, expire_on_commit=False))
-            return LoopExecutor(slots, on_loop.perform, self.done)
-        if kind == "thread":
-            in_thread = InThread(partial(Session, self.queue.engine))
-            return ThreadExecutor(slots, lambda: in_thread, self.done)
-        make_child = partial(Child, options.child_runs, options.child_bytes)
-        return ThreadExecutor(slots, make_child, self.done)
-
-    # Ends that are not the task's own
-
-    def _check(self, now: float) -> None:
-        """Interrupt what is out of time, give up on what ignores that, hand back what waits."""
+    def _check(self, now: float) -> float:
+        """See to runs that are out of time, and to the end of the grace period."""
         if self._stop_by is not None:
-            self._wind_down(now)
-        if now < self._next_check and not self._must_check:
-            return
-        self._must_check = False
-        patience = self.options.ttl.total_seconds() / 6
-        self._next_check = float("inf")
-        for run in self.held.values():
-            if run.is_over:
-                continue
-            if run.interrupted:
-                ends_at = run.interrupted_at + patience
-            elif run.row.timeout is not None:
-                ends_at = (run.started or now) + run.row.timeout
-            else:
-                continue
-            if now < ends_at:
-                self._next_check = min(self._next_check, ends_at)
-            elif not run.interrupted:
-                self.interrupt(run, "timed_out")
-            else:
-                log.warning("job %s: run %d goes on after it was %s", *run.key, run.interrupted)
-                self.done(run, run.stopped())
-                self.is_stuck = True
-                if self.signs and self._stop_by is None:
-                    self.stop()  # to be replaced by a fresh process
-        if len(self.held) > self.options.slots:
-            self._next_check = min(self._next_check, now + STALE)
-            if any(r.started is None and now - r.claimed > STALE for r in self.held.values()):
-                self._usual = max(self._usual, STALE)
-                self._withdraw()
-
-    def interrupt(self, run: Run, why: str) -> None:
-        """Ask a run to stop because it was cancelled, timed_out or returned."""
-        if run.interrupted is None:
-            run.interrupted_at = monotonic()
-            run.interrupted = why
-        if run.executor is not None:
-            run.executor.interrupt(run)
-        self._must_check = True
-        self.wake()
-
-    def _withdraw(self) -> None:
-        """Hand back the runs that have not been started."""
-        for executor in self._executors.values():
-            for run in executor.withdraw():
-                run.interrupted = "returned"
-                self.done(run, run.stopped())
-
-    def _wind_down(self, now: float) -> None:
-        self._withdraw()
-        if self._stop_by is not None and now >= self._stop_by:
-            for run in self.held.values():
-                if not run.is_over:
-                    self.interrupt(run, "returned")
-                    self.done(run, run.stopped())
-        else:
-            self._next_check = min(self._next_check, self._stop_by or now)
+            self.runs.withdraw()
+            if now >= self._stop_by:
+                self.runs.hand_back()
+        next_check = self.runs.check(now)
+        if self.runs.has_stale:
+            self.runs.has_stale = False
+            self._usual = max(self._usual, STALE)
+        if self.runs.is_stuck and self.signs and self._stop_by is None:
+            self.stop()  # to be replaced by a fresh process
+        return min(next_check, self._stop_by or next_check)
 
     def _begin_anew(self) -> None:
-        """After a fence: forget every run, whose lease is lost or will be, and register."""
-        for run in self.held.values():
-            run.is_over = True
-            self.interrupt(run, "returned")
-        self._withdraw()
-        self.held.clear()
+        """After a fence: others may hold our jobs, or soon will."""
+        self.runs.forget()
         self._unsettled = []
         self._register()
         self._is_fenced = False
 
     def _has_stopped(self) -> bool:
-        if self._taken >= (self.options.max_jobs or float("inf")) and not self.held:
+        if self._taken >= (self.options.max_jobs or float("inf")) and not self.runs.held:
             self.stop()
         if self._stop_by is None:
             return False
         gave_up = monotonic() > self._stop_by + self.options.ttl.total_seconds()
-        return gave_up or not (self.held or self._unsettled)
+        return gave_up or not (self.runs.held or self._unsettled)
 
     def _leave(self) -> None:
-        for executor in self._executors.values():
-            executor.stop()
+        self.runs.stop()
         self.stopped.set()
         self.upkeep.wake()
-        if not self.held:
+        if not self.runs.held:
             with suppress(*DatabaseError), self._link.begin(self.options.ttl) as conn:
                 self.queue.store.unregister(conn, self.id)
         self._link.close()

@@ -1,0 +1,181 @@
+"""The runs that a worker holds: from the claim, through an executor, to a recorded end.
+
+Only the turn's thread adds and removes runs; any thread may say that one is over, or interrupt it.
+"""
+
+import logging
+from collections import deque
+from collections.abc import Callable, Iterable
+from functools import partial
+from time import monotonic
+from typing import TYPE_CHECKING, Any
+
+from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
+from sqlalchemy.orm import Session
+
+from sqlqueue.executors import Executor, LoopExecutor, ThreadExecutor
+from sqlqueue.perform import InThread, OnLoop
+from sqlqueue.process import Child
+from sqlqueue.run import Run
+from sqlqueue.store import Ended
+
+if TYPE_CHECKING:
+    from sqlqueue.queue import Queue
+    from sqlqueue.worker import WorkerOptions
+
+log = logging.getLogger("sqlqueue.worker")
+STALE = 0.25  # seconds after which a job that still waits for a slot here is handed back
+NEVER = float("inf")
+End = tuple[Run, Ended | None]  # None: the task finished its job itself
+
+
+class Runs:
+    """What is held, by (job id, run), and what has ended and is not recorded yet.
+
+    wake       called when a run is over or is to be looked at
+    has_stale  set when jobs claimed ahead had to be handed back: they take longer than thought
+    is_stuck   whether a run went on after its end
+    """
+
+    def __init__(self, queue: "Queue", options: "WorkerOptions", wake: Callable[[], None]) -> None:
+        self.held: dict[tuple[str, int], Run] = {}
+        self.has_stale = False
+        self.is_stuck = False
+        self._queue = queue
+        self._options = options
+        self._wake = wake
+        self._executors: dict[str, Executor] = {}
+        self._over: deque[End] = deque()
+        self._next_check = NEVER
+        self._must_check = False
+
+    def launch(self, rows: Iterable[Any]) -> None:
+        """Hold claimed jobs and hand them to the executors of their tasks."""
+        now = monotonic()
+        batches: dict[str, list[Run]] = {}
+        for row in rows:
+            task = self._queue.tasks[row.task]
+            run = Run(row, task, self._queue.store, now)
+            self.held[run.key] = run
+            if row.is_expired:
+                self.done(run, Ended(*run.key, "expired", error_type="expired"))
+                continue
+            if row.timeout is not None:
+                self._next_check = min(self._next_check, now + row.timeout)
+            usual = "async" if task.is_async else "thread"
+            kind = row.executor if row.executor in (usual, "process") else usual
+            batches.setdefault(kind, []).append(run)
+        if len(self.held) > self._options.slots:
+            self._next_check = min(self._next_check, now + STALE)
+        for kind, runs in batches.items():
+            if kind not in self._executors:
+                self._executors[kind] = self._make(kind)
+            for run in runs:
+                run.executor = self._executors[kind]
+            self._executors[kind].submit(runs)
+
+    def hold(self, run: Run, ended: Ended) -> None:
+        """Hold a claimed job that is not to be run, with its end."""
+        self.held[run.key] = run
+        self.done(run, ended)
+
+    def _make(self, kind: str) -> Executor:
+        slots, engine = self._options.slots, self._queue.engine
+        if kind == "async":
+            on_loop = create_async_engine(engine.url, hide_parameters=True, pool_size=slots)
+            session = partial(AsyncSession, on_loop, expire_on_commit=False)
+            return LoopExecutor(slots, OnLoop(session).perform, self.done)
+        if kind == "thread":
+            in_thread = InThread(partial(Session, engine))
+            return ThreadExecutor(slots, lambda: in_thread, self.done)
+        child = partial(Child, self._options.child_runs, self._options.child_bytes)
+        return ThreadExecutor(slots, child, self.done)
+
+    def done(self, run: Run, ended: Ended | None) -> None:
+        """Take note of how a run ended, once."""
+        if not run.is_over:
+            run.is_over = True
+            self._over.append((run, ended))
+            self._wake()
+
+    def take_over(self) -> list[End]:
+        """Return what has ended since the last call, of what is still held."""
+        over = [self._over.popleft() for _ in range(len(self._over))]
+        return [(run, ended) for run, ended in over if self.held.get(run.key) is run]
+
+    def interrupt(self, run: Run, why: str) -> None:
+        """Ask a run to stop because it was cancelled, timed_out or returned."""
+        if run.interrupted is None:
+            run.interrupted_at = monotonic()
+            run.interrupted = why
+        if run.executor is not None:
+            run.executor.interrupt(run)
+        self._must_check = True
+        self._wake()
+
+    def cancel(self, job_id: str) -> None:
+        """Interrupt the run of a job that somebody asked to cancel, if it is held."""
+        for run in list(self.held.copy().values()):
+            if run.key[0] == job_id:
+                self.interrupt(run, "cancelled")
+
+    def check(self, now: float) -> float:
+        """Interrupt what is out of time, give up on what ignores that, hand back what waits.
+
+        Returns the monotonic time by which to call again.
+        """
+        if now < self._next_check and not self._must_check:
+            return self._next_check
+        self._must_check = False
+        self._next_check = NEVER
+        for run in self.held.values():
+            if not run.is_over:
+                self._next_check = min(self._next_check, self._check_one(run, now))
+        if len(self.held) > self._options.slots:
+            self._next_check = min(self._next_check, now + STALE)
+            if any(r.started is None and now - r.claimed > STALE for r in self.held.values()):
+                self.has_stale = True
+                self.withdraw()
+        return self._next_check
+
+    def _check_one(self, run: Run, now: float) -> float:
+        patience = self._options.ttl.total_seconds() / 6
+        if run.interrupted:
+            ends_at = run.interrupted_at + patience
+            if now >= ends_at:
+                log.warning("job %s: run %d goes on after it was %s", *run.key, run.interrupted)
+                self.is_stuck = True
+                self.done(run, run.stopped())
+            return ends_at
+        if run.row.timeout is None:
+            return NEVER
+        ends_at = (run.started or now) + run.row.timeout
+        if now < ends_at:
+            return float(ends_at)
+        self.interrupt(run, "timed_out")
+        return now + patience
+
+    def withdraw(self) -> None:
+        """Hand back the runs that have not been started."""
+        for executor in self._executors.values():
+            for run in executor.withdraw():
+                run.interrupted = "returned"
+                self.done(run, run.stopped())
+
+    def hand_back(self) -> None:
+        """Hand back all that is not over, started or not, without waiting for it."""
+        for run in self.held.values():
+            if not run.is_over:
+                self.interrupt(run, "returned")
+                self.done(run, run.stopped())
+
+    def forget(self) -> None:
+        """Stop everything and record nothing: the leases are lost, or will be."""
+        self.hand_back()
+        self.withdraw()
+        self.held.clear()
+
+    def stop(self) -> None:
+        """End the executors."""
+        for executor in self._executors.values():
+            executor.stop()
