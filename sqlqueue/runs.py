@@ -32,6 +32,7 @@ End = tuple[Run, Ended | None]  # None: the task finished its job itself
 class Runs:
     """What is held, by (job id, run), and what has ended and is not recorded yet.
 
+    next_check monotonic time at which `check` has something to do
     wake       called when a run is over or is to be looked at
     has_stale  set when jobs claimed ahead had to be handed back: they take longer than thought
     is_stuck   whether a run went on after its end
@@ -46,7 +47,7 @@ class Runs:
         self._wake = wake
         self._executors: dict[str, Executor] = {}
         self._over: deque[End] = deque()
-        self._next_check = NEVER
+        self.next_check = NEVER
         self._must_check = False
 
     def launch(self, rows: Iterable[Any]) -> None:
@@ -61,12 +62,12 @@ class Runs:
                 self.done(run, Ended(*run.key, "expired", error_type="expired"))
                 continue
             if row.timeout is not None:
-                self._next_check = min(self._next_check, now + row.timeout)
+                self.next_check = min(self.next_check, now + row.timeout)
             usual = "async" if task.is_async else "thread"
             kind = row.executor if row.executor in (usual, "process") else usual
             batches.setdefault(kind, []).append(run)
         if len(self.held) > self._options.slots:
-            self._next_check = min(self._next_check, now + STALE)
+            self.next_check = min(self.next_check, now + STALE)
         for kind, runs in batches.items():
             if kind not in self._executors:
                 self._executors[kind] = self._make(kind)
@@ -119,24 +120,20 @@ class Runs:
             if run.key[0] == job_id:
                 self.interrupt(run, "cancelled")
 
-    def check(self, now: float) -> float:
-        """Interrupt what is out of time, give up on what ignores that, hand back what waits.
-
-        Returns the monotonic time by which to call again.
-        """
-        if now < self._next_check and not self._must_check:
-            return self._next_check
+    def check(self, now: float) -> None:
+        """Interrupt what is out of time, give up on what ignores that, hand back what waits."""
+        if now < self.next_check and not self._must_check:
+            return
         self._must_check = False
-        self._next_check = NEVER
+        self.next_check = NEVER
         for run in self.held.values():
             if not run.is_over:
-                self._next_check = min(self._next_check, self._check_one(run, now))
+                self.next_check = min(self.next_check, self._check_one(run, now))
         if len(self.held) > self._options.slots:
-            self._next_check = min(self._next_check, now + STALE)
+            self.next_check = min(self.next_check, now + STALE)
             if any(r.started is None and now - r.claimed > STALE for r in self.held.values()):
                 self.has_stale = True
                 self.withdraw()
-        return self._next_check
 
     def _check_one(self, run: Run, now: float) -> float:
         patience = self._options.ttl.total_seconds() / 6

@@ -24,7 +24,7 @@ from sqlqueue.lanes import Lanes, Sweeps
 from sqlqueue.link import DatabaseError, Link
 from sqlqueue.listener import Listener
 from sqlqueue.run import Run
-from sqlqueue.runs import STALE, End, Runs
+from sqlqueue.runs import NEVER, STALE, End, Runs
 from sqlqueue.store import Ended, Executes, Lane
 from sqlqueue.store import Worker as Registration
 from sqlqueue.upkeep import Upkeep
@@ -106,7 +106,6 @@ class Worker:
         self._sweeps = Sweeps(options.poll.total_seconds())
         self._taken = 0
         self._usual = 0.0  # seconds a job has been taking; 0: not known yet
-        self._next_check = 0.0
         self._stop_by: float | None = None
         self._is_fenced = False
         self._sees_suspects = False
@@ -219,7 +218,7 @@ class Worker:
         """Take one turn; return how many jobs it claimed."""
         if self._is_fenced:
             self._begin_anew()
-        self._next_check = self._check(monotonic())
+        self._check(monotonic())
         self._unsettled += self.runs.take_over()
         ended = self._unsettled[: 1 if self._isolates else None]
         room = self._room()
@@ -365,7 +364,7 @@ class Worker:
             return 0.005
         can_claim = self._stop_by is None and self._room() > 0
         wait = self._bell.pause() if can_claim else self.options.poll.total_seconds()
-        return max(0.0, min(wait, self._next_check - monotonic()))
+        return max(0.0, min(wait, min(self.runs.next_check, self._stop_by or NEVER) - monotonic()))
 
     def _stray(self, conn: Executes, row: Any) -> tuple[Run, Ended]:
         """Say what becomes of a job whose task this worker does not know."""
@@ -386,19 +385,18 @@ class Worker:
 
     # The end
 
-    def _check(self, now: float) -> float:
+    def _check(self, now: float) -> None:
         """See to runs that are out of time, and to the end of the grace period."""
         if self._stop_by is not None:
             self.runs.withdraw()
             if now >= self._stop_by:
                 self.runs.hand_back()
-        next_check = self.runs.check(now)
+        self.runs.check(now)
         if self.runs.has_stale:
             self.runs.has_stale = False
             self._usual = max(self._usual, STALE)
         if self.runs.is_stuck and self.signs and self._stop_by is None:
             self.stop()  # to be replaced by a fresh process
-        return min(next_check, self._stop_by or next_check)
 
     def _begin_anew(self) -> None:
         """After a fence: others may hold our jobs, or soon will."""
@@ -421,6 +419,7 @@ class Worker:
         self.upkeep.wake()
         if not self.runs.held:
             with suppress(*DatabaseError), self._link.begin(self.options.ttl) as conn:
+                self.queue.store.disarm(conn, self.lanes.names, self.id)
                 self.queue.store.unregister(conn, self.id)
         self._link.close()
         log.info("worker %d: stopped after %d runs", self.id, self._taken)
