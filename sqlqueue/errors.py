@@ -98,7 +98,7 @@ class Snooze(SqlqueueError):
     """Raised by a task: run me again after `wait`; this run uses no attempt."""
 
     def __init__(self, wait: timedelta) -> None:
-        super().__init__(f"snoozed for {wait}")
+        super().__init__(f"snoozed for {_checked(wait)}")
         self.wait = wait
 
 
@@ -107,8 +107,14 @@ class RetryIn(SqlqueueError):
 
     def __init__(self, wait: timedelta, reason: str = "asked to be retried") -> None:
         super().__init__(reason)
-        self.wait = wait
+        self.wait = _checked(wait)
 
 
 class Cancel(SqlqueueError):
     """Raised by a task: end my job as cancelled, for the reason given."""
+
+
+def _checked(wait: timedelta) -> timedelta:
+    if not isinstance(wait, timedelta):
+        raise TypeError(f"wait must be a timedelta, got {type(wait).__name__}")
+    return wait

@@ -13,7 +13,7 @@ from functools import cached_property
 from typing import Any
 
 from sqlqueue.literal import array
-from sqlqueue.retry import Retry
+from sqlqueue.retry import LONGEST, Retry
 
 NAME = re.compile(r"[A-Za-z0-9_.:-]{1,100}")
 MAX_HEADER_BYTES = 8 * 1024
@@ -66,13 +66,15 @@ class Options:
             raise ValueError(f"priority must be from -100 to 100, got {self.priority}")
         if self.delay is not None and self.run_at is not None:
             raise ValueError("give delay or run_at, not both")
-        if self.delay is not None and self.delay < timedelta(0):
-            raise ValueError(f"delay must not be negative, got {self.delay}")
+        if self.delay is not None and not timedelta(0) <= self.delay <= LONGEST:
+            raise ValueError(f"delay must be from 0 to {LONGEST.days} days, got {self.delay}")
         for name in ("run_at", "expires"):
             instant = getattr(self, name)
             if isinstance(instant, datetime) and instant.tzinfo is None:
                 raise ValueError(f"{name} must be an aware datetime, one with a time zone")
-        if self.timeout is not None and self.timeout <= timedelta(0):
+            if isinstance(instant, datetime) and instant.year >= 9999:
+                raise ValueError(f"{name} must be before the year 9999")
+        if self.timeout is not None and not timedelta(0) < self.timeout <= LONGEST:
             raise ValueError(f"timeout must be more than 0, or None, got {self.timeout}")
         if not 1 <= self.max_crashes <= 32767:
             raise ValueError(f"max_crashes must be from 1 to 32767, got {self.max_crashes}")

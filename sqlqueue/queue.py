@@ -19,7 +19,7 @@ from sqlqueue.literal import new_id
 from sqlqueue.options import Options, check_name
 from sqlqueue.store import Executes, Store
 from sqlqueue.task import Call, Task
-from sqlqueue.transaction import Transaction, across, within, without_parameters
+from sqlqueue.transaction import Transaction, across, savepoint, within, without_parameters
 from sqlqueue.worker import Worker, WorkerOptions
 
 P = ParamSpec("P")
@@ -92,8 +92,8 @@ class Queue:
     ) -> "Queue":
         """Return a copy bound to a transaction and options, as Task.using does."""
         bound = copy.copy(self)
-        bound._transaction = transaction or self._transaction
-        bound._id = str(id) if id else self._id
+        bound._transaction = self._transaction if transaction is None else transaction
+        bound._id = self._id if id is None else str(id)
         bound.options = self.options.changed(options)
         return bound
 
@@ -126,10 +126,7 @@ class Queue:
         while others are on their way. Raises what their making raises, having written nothing.
         """
         if self._transaction is not None:
-            return within(
-                self._transaction,
-                lambda conn: sum(self._add(conn, some) for some in _batches(calls)),
-            )
+            return within(self._transaction, lambda conn: self._add_all(conn, calls))
         added = 0
         with self.engine.begin() as conn, without_parameters(), ThreadPoolExecutor(1) as sender:
             sent: Future[int] | None = None
@@ -142,10 +139,11 @@ class Queue:
         """Do what `enqueue_many` does, from async code."""
         if self._transaction is None:
             return await asyncio.to_thread(self.enqueue_many, calls)
-        added = 0
-        for some in _batches(calls):
-            added += await self._awrite(lambda conn, some=some: self._add(conn, some))  # type: ignore[misc]
-        return added
+        return await across(self._transaction, lambda conn: self._add_all(conn, calls))
+
+    def _add_all(self, conn: Executes, calls: Iterable[Call]) -> int:
+        with savepoint(conn):
+            return sum(self._add(conn, some) for some in _batches(calls))
 
     def _write(self, work: Callable[[Executes], R]) -> R:
         if self._transaction is not None:

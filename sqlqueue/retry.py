@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
+LONGEST = timedelta(days=36500)  # that a wait, delay or timeout may be
 ErrorClass = type[BaseException] | str
 
 
@@ -41,8 +42,8 @@ class Retry:
             raise ValueError(f"attempts must be from 1 to 32767, got {self.attempts}")
         if not timedelta(0) < self.base <= self.limit:
             raise ValueError(f"need 0 < base <= limit, got {self.base}, {self.limit}")
-        if any(wait < timedelta(0) for wait in self.waits):
-            raise ValueError("waits must not be negative")
+        if any(not timedelta(0) <= wait <= LONGEST for wait in (*self.waits, self.limit)):
+            raise ValueError(f"waits and limit must be from 0 to {LONGEST.days} days")
 
     def to_json(self) -> str | None:
         """Write the policy for the job's row; None for the default waits.

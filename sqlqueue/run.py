@@ -3,6 +3,7 @@
 The same code runs in threads, on the event loop and in child processes.
 """
 
+import logging
 import traceback
 from contextvars import ContextVar
 from datetime import UTC, datetime, timedelta
@@ -22,6 +23,7 @@ from sqlqueue.transaction import Transaction, across, within
 if TYPE_CHECKING:
     from sqlqueue.task import Task
 
+log = logging.getLogger("sqlqueue.worker")
 MAX_ERROR_BYTES = 64 * 1024
 _current: ContextVar["Run"] = ContextVar("sqlqueue_run")
 
@@ -164,7 +166,7 @@ class Run:
         elif isinstance(error, RetryIn):
             wait = error.wait if self.attempt < self.row.attempts else None
         else:
-            wait = self._retry().wait(error, self.attempt)
+            wait = self._wait(error)
         trace = "".join(traceback.format_exception(error))
         return self._ended("failed", wait, class_name(type(error)), str(error), trace)
 
@@ -172,7 +174,7 @@ class Run:
         """Describe the end of a run that was interrupted."""
         if self.interrupted == "timed_out":
             error = TimeoutError(f"ran for longer than {self.row.timeout} s")
-            wait = self._retry().wait(error, self.attempt)
+            wait = self._wait(error)
             return self._ended("timed_out", wait, "TimeoutError", str(error))
         if self.interrupted == "cancelled":
             return self._ended("cancelled", None, "cancelled", "cancelled while it ran")
@@ -189,9 +191,17 @@ class Run:
         """Describe the end of a run whose outcome the database refused."""
         return self._ended("failed", None, class_name(type(error)), "its outcome cannot be stored")
 
-    def _retry(self) -> Retry:
-        declared = self.registered.options.retry
-        return Retry.from_json(self.row.attempts, self.row.retry, declared)
+    def _wait(self, error: BaseException) -> timedelta | None:
+        """Ask the job's policy, or the default one if that cannot be read or its `decide` fails."""
+        attempts, declared = self.row.attempts, self.registered.options.retry
+        try:
+            wait = Retry.from_json(attempts, self.row.retry, declared).wait(error, self.attempt)
+            if wait is None or isinstance(wait, timedelta):
+                return wait
+            log.error("job %s: its retry policy gave no timedelta", self.key[0])
+        except Exception:
+            log.exception("job %s: its retry policy failed", self.key[0])
+        return Retry(attempts=attempts).wait(error, self.attempt)
 
     def _ended(
         self,

@@ -48,7 +48,7 @@ class Task(Generic[P, R]):
         options: Options,
         transactional: bool,
     ) -> None:
-        self.name = check_name("task", name or f"{function.__module__}.{function.__qualname__}")
+        self.name = check_name("task", name or _name_of(function))
         self.function = function
         self.transactional = transactional
         self.is_async = inspect.iscoroutinefunction(function)
@@ -86,8 +86,8 @@ class Task(Generic[P, R]):
         Raises TypeError for an unknown option, ValueError for a value that is refused.
         """
         bound = copy.copy(self)
-        bound._transaction = transaction or self._transaction
-        bound._id = str(id) if id else self._id
+        bound._transaction = self._transaction if transaction is None else transaction
+        bound._id = self._id if id is None else str(id)
         bound.options = self._checked(self.options.changed(options))
         return bound
 
@@ -118,3 +118,7 @@ class Task(Generic[P, R]):
         if (executor == "async" and not self.is_async) or (executor == "thread" and self.is_async):
             raise ValueError(f"task {self.name}: the executor {executor} cannot run it")
         return options
+
+
+def _name_of(function: Callable[..., Any]) -> str:
+    return f"{function.__module__}.{function.__qualname__}".replace("<locals>.", "")

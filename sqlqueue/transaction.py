@@ -94,6 +94,19 @@ async def across(transaction: Transaction, work: Callable[[Executes], T]) -> T:
 
 
 @contextmanager
+def savepoint(conn: Executes) -> Iterator[None]:
+    """Undo what was done inside if it fails, and leave the caller's transaction usable."""
+    conn.exec_driver_sql("savepoint sqlqueue_many")
+    try:
+        yield
+    except BaseException:
+        conn.exec_driver_sql("rollback to savepoint sqlqueue_many")
+        raise
+    finally:
+        conn.exec_driver_sql("release savepoint sqlqueue_many")
+
+
+@contextmanager
 def without_parameters() -> Iterator[None]:
     """Keep parameters out of the message of a database error: they hold arguments of jobs."""
     try:

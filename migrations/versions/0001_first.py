@@ -510,6 +510,11 @@ declare
         when octet_length(args::text) > 1048576 then 'args are over 1 MiB'
         when headers is not null and jsonb_typeof(headers) <> 'object'
             then 'headers must be a JSON object'
+        when exists (
+            select from jsonb_each(headers) as header where jsonb_typeof(header.value) <> 'string'
+        ) then 'headers must be strings'
+        when retry is not null and jsonb_typeof(retry) <> 'object'
+            then 'retry must be a JSON object'
         when octet_length(headers::text) > 8192 then 'headers are over 8 KiB'
         when priority is null or priority not between -100 and 100
             then 'priority must be from -100 to 100'
@@ -518,6 +523,10 @@ declare
         when max_crashes is null or max_crashes not between 1 and 32767
             then 'max_crashes must be at least 1'
         when timeout <= interval '0' then 'timeout must be more than 0'
+        when delay not between interval '0' and interval '100 years'
+            then 'delay must be from 0 to 100 years'
+        when greatest(run_at, expires_at) > '9999-01-01'
+            then 'run_at and expires_at must be before the year 9999'
         when delay is not null and run_at is not null then 'give delay or run_at, not both'
         when executor not in ('async', 'thread', 'process')
             then 'executor must be async, thread or process'

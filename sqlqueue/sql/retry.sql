@@ -12,6 +12,7 @@ with reopened as (
     where run.job_id = cast(:job_id as uuid)
       and is_final
       and outcome <> 'succeeded'
+      and exists (select from sqlqueue.job where job.id = run.job_id)
     returning job_id, run
 ),
 forgotten as (
