@@ -8,10 +8,10 @@ import asyncio
 import logging
 import threading
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from queue import Empty, SimpleQueue
 from time import monotonic
-from typing import Protocol
+from typing import Any, Protocol
 
 from sqlqueue.run import Run
 from sqlqueue.store import Ended
@@ -41,10 +41,15 @@ class LoopExecutor:
     """Runs `async def` tasks on an event loop in a thread of its own."""
 
     def __init__(
-        self, slots: int, perform: Callable[[Run], Awaitable[Ended | None]], done: Done
+        self,
+        slots: int,
+        perform: Callable[[Run], Awaitable[Ended | None]],
+        close: Callable[[], Coroutine[Any, Any, None]],
+        done: Done,
     ) -> None:
         self._slots = slots
         self._perform = perform
+        self._close = close
         self._done = done
         self._waiting: deque[Run] = deque()
         self._active: set[asyncio.Task[None]] = set()
@@ -77,7 +82,7 @@ class LoopExecutor:
         self._loop.call_soon_threadsafe(cancel)
 
     def stop(self) -> None:
-        self._loop.call_soon_threadsafe(self._loop.stop)
+        asyncio.run_coroutine_threadsafe(self._end(), self._loop)
         self._thread.join(timeout=1)
 
     def _fill(self) -> None:
@@ -93,6 +98,10 @@ class LoopExecutor:
     def _next(self, task: asyncio.Task[None]) -> None:
         self._active.discard(task)
         self._fill()
+
+    async def _end(self) -> None:
+        await asyncio.wait([*self._active, asyncio.create_task(self._close())], timeout=0.5)
+        self._loop.stop()
 
     async def _work(self, run: Run) -> None:
         try:

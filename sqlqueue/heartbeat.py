@@ -1,7 +1,8 @@
 """A worker's signs of life, from a thread and a connection of their own.
 
 A blocked task, event loop or pool cannot silence them. Each beat also compares the worker's
-leases with what it knows of, and sees the requests to cancel.
+leases with what it knows of, and sees the requests to cancel. A second thread, which touches no
+database and so cannot hang, watches that beats and turns go on.
 """
 
 import logging
@@ -32,15 +33,25 @@ class Heartbeat:
     def run(self) -> None:
         """Beat until the worker has stopped."""
         while not self._worker.stopped.wait(self._ttl / 6):
-            self._watch_turns()
             try:
                 self._beat()
             except DatabaseError as error:
                 log.warning("worker %d: no beat: %s", self._worker.id, error)
-            if monotonic() - self._beat_at > self._ttl * 2 / 3:
-                self._worker.fence("could not beat")
-                self._beat_at = monotonic()
         self._link.close()
+
+    def watch(self) -> None:
+        """Fence a worker that cannot beat, end one whose turns are stuck."""
+        worker = self._worker
+        while not worker.stopped.wait(self._ttl / 12):
+            now = monotonic()
+            if now - self._beat_at > self._ttl * 2 / 3:
+                self._beat_at = now
+                worker.fence("could not beat")
+            if now - worker.progress > self._ttl:
+                log.critical("worker %d: no turn for %.1f s", worker.id, now - worker.progress)
+                if worker.signs:
+                    os._exit(70)
+                worker.stopped.set()  # no more beats: its jobs are rescued
 
     def _beat(self) -> None:
         worker, store = self._worker, self._worker.queue.store
@@ -68,11 +79,3 @@ class Heartbeat:
         for key, is_cancelled in leases.items():
             if is_cancelled:
                 worker.runs.cancel(key[0])
-
-    def _watch_turns(self) -> None:
-        silent = monotonic() - self._worker.progress
-        if silent > self._ttl:
-            log.critical("worker %d: no turn for %.0f s", self._worker.id, silent)
-            if self._worker.signs:
-                os._exit(70)
-            self._worker.fence("its turns are stuck")

@@ -8,13 +8,13 @@ from typing import Any
 import psycopg
 from psycopg.rows import namedtuple_row
 from sqlalchemy import Connection, Engine
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import SQLAlchemyError
 
 from sqlqueue.store import Executes, Store
 
 # What is READ COMMITTED skips locked rows and counts right, whatever the database's default is.
 BEGIN = "begin isolation level read committed;"
-DatabaseError = (psycopg.Error, DBAPIError)
+DatabaseError = (psycopg.Error, SQLAlchemyError)
 
 
 class Link:
@@ -63,7 +63,8 @@ class Link:
         """Close the connection; the next transaction opens another."""
         conn, self._conn = self._conn, None
         if conn is not None:
-            conn.invalidate()
+            self._driver.close()
+            conn.invalidate()  # what was taken out of its pool is closed by us alone
             conn.close()
 
 

@@ -7,6 +7,7 @@ worker polls.
 
 import logging
 import os
+import re
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
@@ -61,12 +62,13 @@ class Listener:
 
     def _tell(self, payload: str) -> None:
         """Act on `WORKER HINT SUBJECT`; worker 0 is everybody."""
-        number, hint, subject = payload.split(" ", 2)
-        if int(number) not in (0, self._worker.id):
+        heard = re.fullmatch(r"(\d+) (cancel|due|-?\d+) (\S+)", payload)
+        if heard is None or int(heard[1]) not in (0, self._worker.id):
             return
+        _, hint, subject = heard.groups()
         if hint == "cancel":
             self._worker.runs.cancel(subject)
         elif hint == "due":
             self._worker.upkeep.wake()
-        elif hint != "echo":
+        else:
             self._worker.ring(Lane(subject, int(hint)))

@@ -160,15 +160,18 @@ class Run:
         if isinstance(error, Snooze):
             return self._ended("snoozed", error.wait)
         if isinstance(error, Cancel):
-            return self._ended("cancelled", None, "cancelled", str(error))
+            seen = traceback.TracebackException.from_exception(error)
+            return self._ended("cancelled", None, "cancelled", str(seen))
         if isinstance(error, BadArguments | NotRepresentable):
             wait = None  # the next run would fare no better
         elif isinstance(error, RetryIn):
             wait = error.wait if self.attempt < self.row.attempts else None
         else:
             wait = self._wait(error)
-        trace = "".join(traceback.format_exception(error))
-        return self._ended("failed", wait, class_name(type(error)), str(error), trace)
+        # Unlike str(error), this copes with exceptions whose own code fails.
+        seen = traceback.TracebackException.from_exception(error)
+        trace = "".join(seen.format())
+        return self._ended("failed", wait, class_name(type(error)), str(seen), trace)
 
     def stopped(self) -> Ended:
         """Describe the end of a run that was interrupted."""

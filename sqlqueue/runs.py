@@ -34,12 +34,14 @@ class Runs:
 
     next_check monotonic time at which `check` has something to do
     wake       called when a run is over or is to be looked at
+    lingering  runs that are over for us, and go on in a slot all the same
     has_stale  set when jobs claimed ahead had to be handed back: they take longer than thought
     is_stuck   whether a run went on after its end
     """
 
     def __init__(self, queue: "Queue", options: "WorkerOptions", wake: Callable[[], None]) -> None:
         self.held: dict[tuple[str, int], Run] = {}
+        self.lingering: set[Run] = set()
         self.has_stale = False
         self.is_stuck = False
         self._queue = queue
@@ -60,6 +62,9 @@ class Runs:
             self.held[run.key] = run
             if row.is_expired:
                 self.done(run, Ended(*run.key, "expired", error_type="expired"))
+                continue
+            if row.is_cancelled:
+                self.done(run, Ended(*run.key, "cancelled", error_type="cancelled"))
                 continue
             if row.timeout is not None:
                 self.next_check = min(self.next_check, now + row.timeout)
@@ -85,7 +90,7 @@ class Runs:
         if kind == "async":
             on_loop = create_async_engine(engine.url, hide_parameters=True, pool_size=slots)
             session = partial(AsyncSession, on_loop, expire_on_commit=False)
-            return LoopExecutor(slots, OnLoop(session).perform, self.done)
+            return LoopExecutor(slots, OnLoop(session).perform, on_loop.dispose, self.done)
         if kind == "thread":
             in_thread = InThread(partial(Session, engine))
             return ThreadExecutor(slots, lambda: in_thread, self.done)
@@ -93,7 +98,17 @@ class Runs:
         return ThreadExecutor(slots, child, self.done)
 
     def done(self, run: Run, ended: Ended | None) -> None:
-        """Take note of how a run ended, once."""
+        """Take note that a run has left its slot, and how it ended."""
+        self.lingering.discard(run)
+        self._end(run, ended)
+
+    def _give_up(self, run: Run) -> None:
+        """End a run that may go on for a while: it keeps its slot for as long."""
+        if run.started is not None:
+            self.lingering.add(run)
+        self._end(run, run.stopped())
+
+    def _end(self, run: Run, ended: Ended | None) -> None:
         if not run.is_over:
             run.is_over = True
             self._over.append((run, ended))
@@ -142,7 +157,7 @@ class Runs:
             if now >= ends_at:
                 log.warning("job %s: run %d goes on after it was %s", *run.key, run.interrupted)
                 self.is_stuck = True
-                self.done(run, run.stopped())
+                self._give_up(run)
             return ends_at
         if run.row.timeout is None:
             return NEVER
@@ -159,12 +174,18 @@ class Runs:
                 run.interrupted = "returned"
                 self.done(run, run.stopped())
 
-    def hand_back(self) -> None:
-        """Hand back all that is not over, started or not, without waiting for it."""
-        for run in self.held.values():
+    def interrupt_all(self) -> None:
+        """Ask all runs to stop; called by any thread."""
+        for run in self.held.copy().values():
             if not run.is_over:
                 self.interrupt(run, "returned")
-                self.done(run, run.stopped())
+
+    def hand_back(self) -> None:
+        """Hand back all that is not over, started or not, without waiting for it."""
+        self.interrupt_all()
+        for run in self.held.values():
+            if not run.is_over:
+                self._give_up(run)
 
     def forget(self) -> None:
         """Stop everything and record nothing: the leases are lost, or will be."""

@@ -10,7 +10,6 @@ import logging
 import os
 import signal
 import sys
-import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from multiprocessing import connection
@@ -19,6 +18,7 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from sqlqueue.link import DatabaseError, Link
+from sqlqueue.logs import configure_logging
 from sqlqueue.process import SPAWN, die_with_parent
 from sqlqueue.worker import Worker, WorkerOptions
 
@@ -58,70 +58,89 @@ class Supervisor:
     """
 
     def __init__(
-        self, load: Callable[[], "Queue"], names: Sequence[str], options: WorkerOptions, n: int
+        self,
+        load: Callable[[], "Queue"],
+        names: Sequence[str],
+        options: WorkerOptions,
+        processes: int,
     ) -> None:
         self._load = load
         self._names = names
         self._options = replace(options, suspects="never")
         self._queue = load()
         self._link = Link(self._queue.engine, self._queue.store)
-        self._processes = n
+        self._processes = processes
         self._children: list[_Child] = []
+        self._starts: list[float] = []  # when to start another worker, monotonic
+        self._dead: set[int] = set()  # workers whose leases are to be handed back
         self._signals = 0
 
     def run(self) -> int:
-        """Work until stopped by SIGTERM or SIGINT; return 0, or 1 if a child had to be killed.
+        """Work until stopped by SIGTERM or SIGINT, or until every child has ended; return 0.
 
         The first signal lets jobs end within the grace period, a second one ends them now.
         """
-        wake = threading.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: self._pass_on(wake))
-        self._children = [self._start(self._options) for _ in range(self._processes)]
-        while self._children:
+            signal.signal(number, self._pass_on)
+        self._starts = [0.0] * self._processes
+        while self._children or self._starts or self._dead:
+            due = [at for at in self._starts if at <= monotonic() or self._signals]
+            for at in due:
+                self._starts.remove(at)
+                self._start(self._options)
             connection.wait([child.process.sentinel for child in self._children], LOOK_EVERY)
             for child in list(self._children):
                 if child.process.is_alive():
                     self._watch(child)
                 else:
                     self._bury(child)
+            for worker in list(self._dead):
+                self._rescue(worker)
         self._link.close()
         return 0
 
-    def _start(self, options: WorkerOptions) -> _Child:
+    def _start(self, options: WorkerOptions) -> None:
+        if self._signals:
+            return
         signs = RawValue(Signs, 0, monotonic(), False)
         process = SPAWN.Process(
             target=_serve, args=(self._load, self._names, options, signs), name="sqlqueue worker"
         )
         process.start()
-        return _Child(options, signs, process, monotonic())
+        self._children.append(_Child(options, signs, process, monotonic()))
+        if self._signals:  # came while it started
+            process.terminate()
 
-    def _pass_on(self, wake: threading.Event) -> None:
+    def _pass_on(self, *_: object) -> None:
         self._signals += 1
-        wake.set()
         for child in self._children:
             child.process.terminate()
 
     def _bury(self, child: _Child) -> None:
-        """Hand back the jobs of a child that has ended, and start another if it should go on."""
+        """Have the jobs of a child that has ended handed back; replace it if it should go on."""
         self._children.remove(child)
         child.process.join()
-        if child.process.exitcode != 0:
-            log.error("a worker process ended with exit code %s", child.process.exitcode)
-            self._rescue(child.signs.worker_id)
-        is_probe = child.options.suspects == "only"
-        if not self._signals and not is_probe and child.process.exitcode != 0:
-            threading.Event().wait(max(0, child.started_at + RESTART_AFTER - monotonic()))
-            self._children.append(self._start(child.options))
+        if child.process.exitcode == 0:
+            return
+        log.error("a worker process ended with exit code %s", child.process.exitcode)
+        if child.signs.worker_id:
+            self._dead.add(child.signs.worker_id)
+        if child.options.suspects != "only":
+            self._starts.append(child.started_at + RESTART_AFTER)
 
     def _rescue(self, worker: int) -> None:
+        """Hand back what a dead worker holds; again, while its last transaction still ends."""
         try:
             with self._link.begin(self._options.ttl) as conn:
                 ended = self._queue.store.rescue(conn, 10_000, worker)
-            for one in ended:
-                log.warning("job %s: run %d crashed: %s", one.job_id, one.run, one.error)
+                left = self._queue.store.leases(conn, worker)
         except DatabaseError as error:
             log.error("worker %d died; its jobs are rescued after its ttl: %s", worker, error)
+            ended, left = [], {}
+        if not left:
+            self._dead.discard(worker)
+        for one in ended:
+            log.warning("job %s: run %d crashed: %s", one.job_id, one.run, one.error)
 
     def _watch(self, child: _Child) -> None:
         ttl = self._options.ttl.total_seconds()
@@ -133,9 +152,8 @@ class Supervisor:
             self._beat_for(child)
         if child.signs.wants_probe:
             child.signs.wants_probe = False
-            if not self._signals and all(c.options.suspects != "only" for c in self._children):
-                probe = replace(self._options, slots=1, suspects="only", drain=True)
-                self._children.append(self._start(probe))
+            if all(other.options.suspects != "only" for other in self._children):
+                self._start(replace(self._options, slots=1, suspects="only", drain=True))
 
     def _beat_for(self, child: _Child) -> None:
         try:
@@ -151,7 +169,7 @@ def _serve(
     """Be a child: work until told to stop."""
     die_with_parent()
     sys.setswitchinterval(SWITCH_EVERY)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    configure_logging()
     worker = Worker(load(), names, options, signs)
     signal.signal(signal.SIGTERM, lambda *_: worker.stop())
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent passes it on

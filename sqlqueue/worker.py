@@ -8,7 +8,7 @@ import logging
 import os
 import socket
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -83,8 +83,8 @@ class Worker:
     """Leases the jobs of some queues and runs them. Made by `Queue.worker`.
 
     Either `run()`, which returns when it has stopped, or a context manager that works in the
-    background. `progress` is the monotonic time of the last turn; `signs` is shared with the
-    supervisor, if there is one.
+    background. `progress` is the monotonic time of the last turn; `error` is what ended a worker
+    that should have gone on; `signs` is shared with the supervisor, if there is one.
     """
 
     def __init__(
@@ -98,6 +98,7 @@ class Worker:
         self.runs = Runs(queue, options, self.wake)
         self.progress = monotonic()
         self.stopped = threading.Event()
+        self.error: Exception | None = None
         self._link = Link(queue.engine, queue.store)
         self._bell = Bell(queue.store, self.lanes.names, options.poll)
         self._unsettled: list[End] = []
@@ -118,14 +119,14 @@ class Worker:
         self._register()
         self.heartbeat = Heartbeat(self)
         self.upkeep = Upkeep(self)
-        parts = [self.heartbeat.run, self.upkeep.run]
+        parts = [self.heartbeat.run, self.heartbeat.watch, self.upkeep.run]
         if self.options.listen:
             self.listener = Listener(self)
             parts.append(self.listener.run)
         parts.append(self._work)
         for part in parts:
-            thread = threading.Thread(target=part, name=f"sqlqueue {part.__qualname__}")
-            thread.daemon = True
+            name = f"sqlqueue {part.__qualname__}"
+            thread = threading.Thread(target=self._guard, args=(part,), name=name, daemon=True)
             thread.start()
             self._threads.append(thread)
 
@@ -152,6 +153,8 @@ class Worker:
             except KeyboardInterrupt:
                 self.stop()
         self.join()
+        if self.error:
+            raise self.error
 
     def __enter__(self) -> "Worker":
         self.start()
@@ -176,6 +179,8 @@ class Worker:
                     tasks=sorted(self.queue.tasks),
                 ),
             )
+        if self.signs:
+            self.signs.worker_id = self.id
         log.info("worker %d: serves %s", self.id, ", ".join(self.lanes.names))
 
     # From other threads
@@ -196,9 +201,21 @@ class Worker:
         """Drop everything and register anew: others may hold our jobs, or soon will."""
         log.warning("worker %d: %s; drops what it holds and registers anew", self.id, why)
         self._is_fenced = True
+        self.runs.interrupt_all()  # at once: the next turn may hang
         self.wake()
 
     # The turn
+
+    def _guard(self, part: Callable[[], None]) -> None:
+        """Run a thread of the worker: an error that nobody foresaw ends the whole worker."""
+        try:
+            part()
+        except Exception as error:
+            log.critical("worker %d: stops working", self.id, exc_info=True)
+            if self.signs:
+                os._exit(70)
+            self.error = error
+            self.stopped.set()  # no more beats: its jobs are rescued
 
     def _work(self) -> None:
         wait = 0.0
@@ -301,7 +318,7 @@ class Worker:
             return 0
         if self._is_probing:
             return 0 if self.runs.held else 1
-        slots = self.options.slots
+        slots = self.options.slots - len(self.runs.lingering)
         ahead = min(AHEAD, int(slots * HORIZON / self._usual)) if self._usual else 0
         room = slots + ahead - len(self.runs.held)
         if len(self.runs.held) > slots and room < min(BATCH, ahead // 2):

@@ -52,6 +52,9 @@ select
     job.keep,
     cast(job.headers as text) as headers,
     job.expires_at <= now() as is_expired,
+    exists (
+        select from sqlqueue.cancel_request where cancel_request.job_id = picked.job_id
+    ) as is_cancelled,
     cast(extract(epoch from now()) as double precision) as claimed_at
 from picked
 left join sqlqueue.job on job.id = picked.job_id
