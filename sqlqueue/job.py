@@ -94,7 +94,7 @@ class Job(Generic[R]):
 
     def _pauses(self, timeout: timedelta | None) -> Iterator[float]:
         """Read the job until it has ended or the time is over; yield the pauses in between."""
-        deadline = time.monotonic() + timeout.total_seconds() if timeout else float("inf")
+        deadline = float("inf") if timeout is None else time.monotonic() + timeout.total_seconds()
         pause = 0.002
         while not self.refresh().has_ended and (left := deadline - time.monotonic()) > 0:
             yield min(pause, left)
@@ -121,7 +121,7 @@ class Job(Generic[R]):
     def retry(self) -> bool:
         """Make the job ready again, with all its attempts; return whether that was possible.
 
-        Possible if it ended without success. Its past runs are kept.
+        Possible if it failed or was cancelled. Its past runs are kept.
         """
         with self._queue.autocommit() as conn:
             return self._queue.store.retry(conn, str(self.id))

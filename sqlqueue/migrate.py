@@ -1,5 +1,7 @@
 """Bringing the schema to a version: the migrations, as found beside or inside the package."""
 
+from datetime import timedelta
+from io import StringIO
 from pathlib import Path
 
 from alembic import command
@@ -11,6 +13,8 @@ from sqlalchemy import Engine
 from sqlqueue.errors import SchemaMismatch
 from sqlqueue.store import statement
 
+LOCK_TIMEOUT = timedelta(seconds=2)
+
 
 def folder() -> Path:
     """Return the migrations: inside an installed package, beside it in the repository."""
@@ -18,26 +22,53 @@ def folder() -> Path:
     return inside if inside.is_dir() else Path(__file__).parent.parent / "migrations"
 
 
-def config(schema: str) -> Config:
-    statement("begin", schema)  # raises ValueError for a bad name
+def config(schema: str, lock_timeout: timedelta = LOCK_TIMEOUT) -> Config:
+    """Return what Alembic has to know. Raises ValueError for a schema that is no plain name."""
+    statement("begin", schema)
     made = Config()
     made.set_main_option("script_location", str(folder()).replace("%", "%%"))
     made.attributes["schema"] = schema
+    made.attributes["lock_timeout"] = f"{lock_timeout // timedelta(milliseconds=1)}ms"
     return made
 
 
-def migrate(engine: Engine, schema: str = "sqlqueue", revision: str = "head") -> None:
+def migrate(
+    engine: Engine,
+    schema: str = "sqlqueue",
+    revision: str = "head",
+    *,
+    lock_timeout: timedelta = LOCK_TIMEOUT,
+) -> None:
     """Bring the schema up to `revision`, or down with "base"; all or nothing.
 
-    Gives up when it has waited two seconds for a lock, and can be run again.
+    Gives up when it has waited `lock_timeout` for a lock, and can be run again.
     """
-    made = config(schema)
+    made = config(schema, lock_timeout)
     with engine.connect() as conn:
         made.attributes["connection"] = conn
-        if revision == "base" or (current(engine, schema) or "") > revision:
+        if goes_down(current(engine, schema), revision):
             command.downgrade(made, revision)
         else:
             command.upgrade(made, revision)
+
+
+def goes_down(found: str | None, revision: str) -> bool:
+    """Say whether a revision is below the one found."""
+    return revision == "base" or (found or "") > revision
+
+
+def script(schema: str, revisions: str, *, is_down: bool, lock_timeout: timedelta) -> str:
+    """Return the SQL that leads from one revision to another, `FROM:TO`; connects to nothing."""
+    made = config(schema, lock_timeout)
+    made.output_buffer = StringIO()
+    move = command.downgrade if is_down else command.upgrade
+    move(made, revisions, sql=True)
+    return made.output_buffer.getvalue()
+
+
+def head() -> str | None:
+    """Return the revision that this release was made for."""
+    return ScriptDirectory.from_config(config("sqlqueue")).get_current_head()
 
 
 def current(engine: Engine, schema: str = "sqlqueue") -> str | None:
@@ -48,10 +79,14 @@ def current(engine: Engine, schema: str = "sqlqueue") -> str | None:
 
 
 def check(engine: Engine, schema: str = "sqlqueue") -> None:
-    """Raise SchemaMismatch unless the database is at the revision this release was made for."""
+    """Raise SchemaMismatch unless the database is at the revision this release was made for.
+
+    One that this release does not know is of a later release, whose schema serves this one too.
+    """
     found = current(engine, schema)
-    wanted = ScriptDirectory.from_config(config(schema)).get_current_head()
-    if found != wanted:
+    wanted = head()
+    known = ScriptDirectory.from_config(config(schema)).walk_revisions()
+    if found != wanted and (found is None or found in {one.revision for one in known}):
         raise SchemaMismatch(
             f"schema {schema} is at revision {found or 'none'}, this release needs {wanted}: "
             f"run sqlqueue migrate"

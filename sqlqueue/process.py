@@ -127,6 +127,14 @@ class _Row:
         self.__dict__.update(values)
 
 
+def _find(module: str, name: str) -> "Task[..., Any]":
+    """Import a task. Raises TypeError if there is something else where its function was defined."""
+    found: Any = reduce(getattr, name.split("."), importlib.import_module(module))
+    if not isinstance(found, Task):
+        raise TypeError(f"{module}.{name} is no task: a process finds tasks by the function's name")
+    return found
+
+
 def _serve(pipe: "Connection[Any, Any]") -> None:
     """Be a child: take runs from the pipe one by one, and say how each ended."""
     os.setpgid(0, 0)
@@ -137,7 +145,11 @@ def _serve(pipe: "Connection[Any, Any]") -> None:
             (module, name), row, claimed = pipe.recv()
         except EOFError:
             return
-        task: Any = reduce(getattr, name.split("."), importlib.import_module(module))
-        ended = perform.alone(Run(_Row(row), task, Store(), claimed))
+        run = Run(_Row(row), None, Store(), claimed)
+        try:
+            run.registered = _find(module, name)
+            ended = perform.alone(run)
+        except Exception as error:  # importing runs user code
+            ended = run.failed(error)
         rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * RSS_UNIT
         pipe.send((ended, rss))

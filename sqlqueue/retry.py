@@ -45,6 +45,9 @@ class Retry:
         if any(not timedelta(0) <= wait <= LONGEST for wait in (*self.waits, self.limit)):
             raise ValueError(f"waits and limit must be from 0 to {LONGEST.days} days")
 
+        if any(policy.decide or policy.by_error for policy in self.by_error.values()):
+            raise ValueError("a policy in by_error may have no decide and no by_error")
+
     def to_json(self) -> str | None:
         """Write the policy for the job's row; None for the default waits.
 

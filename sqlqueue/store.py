@@ -231,7 +231,7 @@ class Store:
         return bool(self._rows(conn, "ring_cancel", {"job_id": job_id}))
 
     def retry(self, conn: Executes, job_id: str) -> bool:
-        """Make a job that ended without success ready again; return whether it was one."""
+        """Make a failed or cancelled job ready again; return whether it was one."""
         return bool(self._rows(conn, "retry", {"job_id": job_id}))
 
     def job(self, conn: Executes, job_id: str) -> Any | None:

@@ -53,6 +53,7 @@ class Task(Generic[P, R]):
         self.transactional = transactional
         self.is_async = inspect.iscoroutinefunction(function)
         self.shape = Shape(function, skip_first=transactional)
+        self._decide = options.retry.decide
         self.options = self._checked(options)
         self._queue = queue
         self._transaction: Transaction | None = None
@@ -115,6 +116,10 @@ class Task(Generic[P, R]):
         executor = options.executor
         if executor == "process" and self.transactional:
             raise ValueError(f"task {self.name}: a process cannot share a transaction")
+        if executor == "process" and "<locals>" in self.function.__qualname__:
+            raise ValueError(f"task {self.name}: a process could not import it from its module")
+        if options.retry.decide is not self._decide:
+            raise ValueError(f"task {self.name}: decide is declared with the task, not by a call")
         if (executor == "async" and not self.is_async) or (executor == "thread" and self.is_async):
             raise ValueError(f"task {self.name}: the executor {executor} cannot run it")
         return options

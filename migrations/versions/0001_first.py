@@ -325,7 +325,7 @@ comment on column sqlqueue.doorbell.worker_id
 create table sqlqueue.cancel_request (
     job_id uuid not null,
     requested_at timestamptz default now() not null,
-    reason text,
+    reason text not null,
     primary key (job_id)
 );
 comment on table sqlqueue.cancel_request

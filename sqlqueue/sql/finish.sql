@@ -14,9 +14,9 @@ with held as materialized (
         lease.crashes, lease.priority, lease.queue, lease.seq, lease.worker_id,
         lease.claimed_at, ended.wait, ended.ran, ended.result, ended.error_type, ended.error,
         ended.traceback, ended.outcome,
-        ended.wait is not null and exists (
-            select from sqlqueue.cancel_request where cancel_request.job_id = lease.job_id
-        ) as is_cancelled
+        case when ended.wait is not null or ended.outcome = 'cancelled' then (
+            select reason from sqlqueue.cancel_request where cancel_request.job_id = lease.job_id
+        ) end as reason  -- null: nobody asked to cancel it
     from unnest(
         cast(:job_ids as uuid[]), cast(:runs as integer[]), cast(:outcomes as text[]),
         cast(:waits as interval[]), cast(:rans as double precision[]),
@@ -32,12 +32,14 @@ freed as (
 ),
 counted as materialized (
     select
-        job_id, run, due_at, priority, queue, seq, worker_id, claimed_at, ran, result, error_type,
-        error, traceback, failures,
+        job_id, run, due_at, priority, queue, seq, worker_id, claimed_at, ran, result, traceback,
+        failures,
         failures + cast(outcome in ('failed', 'timed_out') as integer) as failures_now,
         crashes + cast(outcome = 'crashed' as integer) as crashes_now,
-        case when is_cancelled then 'cancelled' else outcome end as outcome,
-        case when not is_cancelled then wait end as wait
+        case when reason is null then outcome else 'cancelled' end as outcome,
+        case when reason is null then wait end as wait,
+        case when reason is null then error_type else 'cancelled' end as error_type,
+        coalesce(reason, error) as error
     from held
 ),
 recorded as (

@@ -9,9 +9,11 @@
 with due as materialized (
     select
         ctid as place, job_id, due_at, run, failures, crashes, priority, queue,
-        exists (
-            select from sqlqueue.cancel_request where cancel_request.job_id = scheduled.job_id
-        ) as is_cancelled
+        (
+            select cancel_request.reason
+            from sqlqueue.cancel_request
+            where cancel_request.job_id = scheduled.job_id
+        ) as cancelled  -- null: nobody asked for it
     from sqlqueue.scheduled
     where due_at <= now()
       and due_at > coalesce(now() - cast(:within as interval), '-infinity')  -- steps over dead rows
@@ -27,20 +29,22 @@ moved as (
     insert into sqlqueue.ready (job_id, due_at, run, failures, crashes, priority, queue)
     select job_id, due_at, run, failures, crashes, priority, queue
     from due
-    where not is_cancelled
+    where cancelled is null
 ),
 ended as (
     insert into sqlqueue.run (
-        job_id, run, ended_at, due_at, attempt, crashes, is_final, outcome
+        job_id, run, ended_at, due_at, attempt, crashes, is_final, outcome, error_type, error
     )
-    select job_id, run + 1, now(), due_at, failures + 1, crashes, true, 'cancelled'
+    select
+        job_id, run + 1, now(), due_at, failures + 1, crashes, true, 'cancelled', 'cancelled',
+        cancelled
     from due
-    where is_cancelled
+    where cancelled is not null
 ),
 lanes as (
     select queue, priority, count(*) as moved
     from due
-    where not is_cancelled
+    where cancelled is null
     group by queue, priority
 )
 select queue, priority, moved, sqlqueue.ring(queue, cast(priority as text)) as silence

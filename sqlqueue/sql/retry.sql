@@ -1,4 +1,4 @@
--- Make a job that ended without success ready again, with all its attempts; return a row if so.
+-- Make a failed or cancelled job ready again, with all its attempts; return a row if it was one.
 --
 -- moves   run -> ready
 -- index   run_pkey
@@ -11,7 +11,7 @@ with reopened as (
     set is_final = false
     where run.job_id = cast(:job_id as uuid)
       and is_final
-      and outcome <> 'succeeded'
+      and outcome not in ('succeeded', 'expired')  -- it would expire again
       and exists (select from sqlqueue.job where job.id = run.job_id)
     returning job_id, run
 ),
