@@ -18,7 +18,7 @@ from sqlqueue.codec import decode_headers, encode_value
 from sqlqueue.errors import BadArguments, Cancel, LeaseLost, NotRepresentable, RetryIn, Snooze
 from sqlqueue.retry import Retry, class_name
 from sqlqueue.store import Ended, Executes, Store
-from sqlqueue.transaction import Transaction, across, within
+from sqlqueue.transaction import Transaction, across, sqlstate, within
 
 if TYPE_CHECKING:
     from sqlqueue.task import Task
@@ -131,7 +131,7 @@ class Run:
             try:
                 finished = self._store.finish(conn, [ended])
             except (DBAPIError, psycopg.errors.SerializationFailure) as error:
-                if getattr(getattr(error, "orig", error), "sqlstate", None) != "40001":
+                if sqlstate(error) != "40001":
                     raise
                 raise LeaseLost(self.job_id, self.number) from error
             if not finished:

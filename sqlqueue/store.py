@@ -154,11 +154,14 @@ class Store:
         rows = self._rows(conn, "next_due", {})
         return rows[0][0] if rows else None
 
-    def rescue(self, conn: Executes, batch: int, seen_dead: int | None = None) -> list[Ended]:
+    def rescue(
+        self, conn: Executes, batch: int, seen_dead: int | None = None, strays: bool = True
+    ) -> list[Ended]:
         """Bury dead workers and end their runs as crashed; return those runs.
 
-        `seen_dead` is a worker whose end was seen, dead whatever its heartbeat says. A job that
-        has crashed `max_crashes` times ends as failed.
+        `seen_dead` is a worker whose end was seen, dead whatever its heartbeat says; with
+        `strays`, workers without a row are dead too. A job that has crashed `max_crashes` times
+        ends as failed.
         """
         self._rows(conn, "bury", {"seen_dead": seen_dead})
         orphans = [
@@ -170,7 +173,7 @@ class Store:
                 error_type="crashed",
                 error=f"worker {row.worker_id} died while it ran this job",
             )
-            for row in self._rows(conn, "orphans", {"batch": batch})
+            for row in self._rows(conn, "orphans", {"batch": batch, "strays": strays})
         ]
         if orphans:
             self.finish(conn, orphans)

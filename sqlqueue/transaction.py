@@ -95,15 +95,31 @@ async def across(transaction: Transaction, work: Callable[[Executes], T]) -> T:
 
 @contextmanager
 def savepoint(conn: Executes) -> Iterator[None]:
-    """Undo what was done inside if it fails, and leave the caller's transaction usable."""
-    conn.exec_driver_sql("savepoint sqlqueue_many")
+    """Undo what was done inside if it fails, and leave the caller's transaction usable.
+
+    On a connection in autocommit, which has none, it is one transaction.
+    """
+    undo, end = "rollback to savepoint sqlqueue_many", "release savepoint sqlqueue_many"
+    try:
+        conn.exec_driver_sql("savepoint sqlqueue_many")
+    except (DBAPIError, psycopg.Error) as error:
+        if sqlstate(error) != "25P01":  # no active transaction
+            raise
+        conn.exec_driver_sql("begin")
+        undo, end = "rollback", "commit"
     try:
         yield
     except BaseException:
-        conn.exec_driver_sql("rollback to savepoint sqlqueue_many")
+        conn.exec_driver_sql(undo)
         raise
     finally:
-        conn.exec_driver_sql("release savepoint sqlqueue_many")
+        conn.exec_driver_sql(end)
+
+
+def sqlstate(error: Exception) -> str | None:
+    """Return the SQLSTATE of an error of the driver, whether or not SQLAlchemy wrapped it."""
+    state: str | None = getattr(getattr(error, "orig", error), "sqlstate", None)
+    return state
 
 
 @contextmanager

