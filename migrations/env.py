@@ -21,8 +21,9 @@ def migrate(connection: Connection | None) -> None:
         connection=connection,
         dialect_name=None if connection else "postgresql",
         version_table_schema=schema,
-        # Frozen SQL holds colons and percent signs that are no parameters.
         literal_binds=connection is None,
+        # The paramstyle of the driver would double the percent signs of a script.
+        dialect_opts={} if connection else {"paramstyle": "named"},
     )
     with context.begin_transaction():
         context.execute(f"set local lock_timeout = '{lock_timeout}'")
