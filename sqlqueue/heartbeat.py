@@ -41,9 +41,12 @@ class Heartbeat:
 
     def watch(self) -> None:
         """Fence a worker that cannot beat, end one whose turns are stuck."""
-        worker = self._worker
+        worker, looked_at = self._worker, monotonic()
         while not worker.stopped.wait(self._ttl / 12):
-            now = monotonic()
+            now, before = monotonic(), looked_at
+            looked_at = now
+            if now - before > self._ttl / 6:
+                continue  # the whole process stood still: see first what the others do now
             if now - self._beat_at > self._ttl * 2 / 3:
                 self._beat_at = now
                 worker.fence("could not beat")

@@ -36,12 +36,17 @@ dead as (
     where not exists (select from sqlqueue.worker where worker.id = holder.worker_id)
 )
 select
-    cast(lease.job_id as text) as job_id,
-    lease.run,
-    lease.worker_id,
-    lease.crashes + 1 >= job.max_crashes as is_last
+    cast(orphan.job_id as text) as job_id,
+    orphan.run,
+    orphan.worker_id,
+    orphan.crashes + 1 >= job.max_crashes as is_last
 from dead
-join sqlqueue.lease on lease.worker_id = dead.id
-join sqlqueue.job on job.id = lease.job_id
+cross join lateral (  -- never the other way round, which reads every lease
+    select job_id, run, worker_id, crashes
+    from sqlqueue.lease
+    where worker_id = dead.id
+    limit :batch
+    for update skip locked
+) as orphan
+join sqlqueue.job on job.id = orphan.job_id
 limit :batch
-for update of lease skip locked
