@@ -464,7 +464,7 @@ def _finite(number: Decimal) -> Decimal:
 
 def _seconds(duration: timedelta) -> float:
     seconds = duration.total_seconds()
-    if timedelta(seconds=seconds) != duration:  # from 285 years on, if there are microseconds
+    if timedelta(seconds=seconds) != duration:  # from 272 years on, if there are microseconds
         raise NotRepresentable("", "is too long to be kept to the microsecond")
     return seconds
 
