@@ -1,0 +1,123 @@
+"""An application for worker processes of the tests: its queue, its tasks and how it is run.
+
+The environment variable SQLQUEUE_TEST_APP names the database; tests/harness.py sets it.
+"""
+
+import asyncio
+import ctypes
+import logging
+import os
+import signal
+import subprocess
+import sys
+import threading
+from datetime import timedelta
+from typing import Any
+
+from sqlalchemy import text
+from sqlalchemy.orm import Session
+
+from sqlqueue import Queue, Retry, WorkerOptions, current_run
+from sqlqueue.supervisor import Supervisor
+
+queue = Queue(os.environ["SQLQUEUE_TEST_APP"])
+NOTE = text("insert into effect (key, run, pid) values (:key, :run, :pid)")
+AT_ONCE = Retry(attempts=100, waits=[timedelta(0)])
+
+
+def load() -> Queue:
+    """Return the queue; called by the worker processes of a supervisor."""
+    return queue
+
+
+def supervise(processes: int, names: tuple[str, ...], options: dict[str, Any]) -> None:
+    """Be the parent of worker processes."""
+    sys.exit(Supervisor(load, names, WorkerOptions(**options), processes).run())
+
+
+def work(names: tuple[str, ...], options: dict[str, Any]) -> None:
+    """Be a single worker, without a parent that watches."""
+    logging.basicConfig(level=logging.INFO)
+    queue.worker(*names, **options).run()
+
+
+def note(key: str) -> None:
+    """Write down that this run was here, whatever becomes of it."""
+    with queue.engine.begin() as conn:
+        conn.execute(NOTE, {"key": key, "run": current_run().number, "pid": os.getpid()})
+
+
+@queue.task(name="write", transactional=True, retry=AT_ONCE)
+def write(session: Session, key: str, seconds: float = 0) -> int:
+    """Write the key, and take some time before the commit."""
+    run = current_run().number
+    session.execute(NOTE, {"key": key, "run": run, "pid": os.getpid()})
+    threading.Event().wait(seconds)
+    return run
+
+
+@queue.task(name="linger")
+def linger(key: str, seconds: float) -> int:
+    """Write down the start, then take some time."""
+    note(key)
+    threading.Event().wait(seconds)
+    return os.getpid()
+
+
+@queue.task(name="poison")
+def poison() -> None:
+    """Take the worker process down."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@queue.task(name="wedge")
+def wedge(key: str) -> None:
+    """Never end, and look at nothing."""
+    note(key)
+    threading.Event().wait()
+
+
+@queue.task(name="hold_interpreter")
+def hold_interpreter(seconds: int) -> int:
+    """Hold the interpreter's lock: no other thread of this process runs meanwhile."""
+    ctypes.PyDLL(None).sleep(seconds)
+    return current_run().number
+
+
+@queue.task(name="process_id", executor="process")
+def process_id() -> int:
+    """Return the id of the child process."""
+    return os.getpid()
+
+
+@queue.task(name="async_in_process", executor="process")
+async def async_in_process() -> int:
+    """Return the id of the child process, from a coroutine."""
+    await asyncio.sleep(0)
+    return os.getpid()
+
+
+@queue.task(name="segfault", executor="process", max_crashes=2)
+def segfault() -> None:
+    """Read at address 0."""
+    ctypes.string_at(0)
+
+
+@queue.task(name="allocate", executor="process")
+def allocate(megabytes: int) -> int:
+    """Use memory; return the id of the child process."""
+    bytes_used = bytearray(megabytes << 20)
+    bytes_used[::4096] = b"x" * len(bytes_used[::4096])
+    return os.getpid()
+
+
+@queue.task(name="stubborn", executor="process", retry=Retry(attempts=1))
+def stubborn(key: str) -> None:
+    """Ignore SIGTERM, start a child that does too, and never end."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    child = subprocess.Popen([sys.executable, "-c", "import signal; signal.pause()"])
+    with queue.engine.begin() as conn:
+        for pid in (os.getpid(), child.pid):
+            conn.execute(NOTE, {"key": key, "run": current_run().number, "pid": pid})
+    while True:
+        signal.pause()

@@ -1,0 +1,139 @@
+"""What the tests of running workers share: their clocks, waiting, worker trees, an application.
+
+The clocks of the fault tests are short: beat 0.5 s, self-fence 2 s, ttl 3 s, poll 0.25 s.
+"""
+
+import importlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from types import ModuleType
+from typing import Any, TypeVar
+
+from sqlalchemy import Engine, text
+
+T = TypeVar("T")
+ROOT = Path(__file__).parent.parent
+TTL = timedelta(seconds=3)
+SOON = timedelta(seconds=10)
+CLOCKS: dict[str, Any] = {
+    "ttl": TTL,
+    "poll": timedelta(seconds=0.25),
+    "grace": timedelta(seconds=5),
+}
+
+
+def wait_until(condition: Callable[[], T], within: float = 10.0, what: str = "") -> T:
+    """Return the first value of `condition` that is true; fail after `within` seconds."""
+    deadline = time.monotonic() + within
+    pause = threading.Event()
+    while not (value := condition()):
+        assert time.monotonic() < deadline, f"not within {within} s: {what or condition}"
+        pause.wait(0.01)
+    return value
+
+
+def rows(engine: Engine, sql: str, **params: Any) -> list[Any]:
+    """Run one statement in a transaction of its own; return what it returned."""
+    with engine.begin() as conn:
+        result = conn.execute(text(sql), params)
+        return list(result.all()) if result.returns_rows else []
+
+
+def value(engine: Engine, sql: str, **params: Any) -> Any:
+    """Return the only value that a statement returns; None for no row."""
+    found = rows(engine, sql, **params)
+    return found[0][0] if found else None
+
+
+def outcomes(engine: Engine, job_id: object) -> list[str]:
+    """Return the outcomes of a job's ended runs, in order."""
+    sql = "select outcome from sqlqueue.run where job_id = cast(:id as uuid) order by run"
+    return [row[0] for row in rows(engine, sql, id=str(job_id))]
+
+
+def application_table(engine: Engine) -> None:
+    """Make the table that the tasks of the tests write to, empty."""
+    rows(
+        engine,
+        "create table if not exists effect"
+        " (key text not null, run integer, pid integer, at timestamptz default clock_timestamp());"
+        "delete from effect",
+    )
+
+
+def effects(engine: Engine, key: str) -> list[int]:
+    """Return the numbers of the runs that have written the key."""
+    return [row[0] for row in rows(engine, "select run from effect where key = :key", key=key)]
+
+
+def load_app(url: str) -> ModuleType:
+    """Import tests.app, whose queue is in this database; child processes do the same."""
+    os.environ["SQLQUEUE_TEST_APP"] = url
+    return importlib.import_module("tests.app")
+
+
+def silence(engine: Engine, worker: int) -> None:
+    """Let time pass: the worker has not beaten for twice its ttl."""
+    sql = "update sqlqueue.worker set heartbeat_at = heartbeat_at - 2 * ttl where id = :worker"
+    rows(engine, sql, worker=worker)
+
+
+@contextmanager
+def program(url: str, code: str) -> Iterator[subprocess.Popen[bytes]]:
+    """Run a Python program in a process group of its own; it is killed at the end."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", f"import datetime; from tests import app; {code}"],
+        cwd=ROOT,
+        env=os.environ | {"SQLQUEUE_TEST_APP": url},
+        start_new_session=True,
+    )
+    try:
+        yield process
+    finally:
+        members = group_of(process.pid)
+        if process.poll() is None or members:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        wait_until(lambda: not group_of(process.pid), what="the end of the program's processes")
+
+
+@contextmanager
+def tree(url: str, processes: int = 1, *names: str, **options: Any) -> Iterator[int]:
+    """Run a supervisor with worker processes; return its pid once all have registered."""
+    code = f"app.supervise({processes}, {names or ('default',)!r}, {CLOCKS | options!r})"
+    with program(url, code) as process:
+        yield process.pid
+
+
+def workers(engine: Engine) -> dict[int, int]:
+    """Return the process ids of the workers not known to be dead, by worker id."""
+    found = rows(engine, "select id, pid from sqlqueue.worker where died_at is null")
+    return {row[0]: row[1] for row in found}
+
+
+def group_of(leader: int) -> list[int]:
+    """Return the live processes of a process group."""
+    return [pid for pid, state, group in _processes() if group == leader and state != "Z"]
+
+
+def is_alive(pid: int) -> bool:
+    """Say whether a process runs; one that nobody has waited for does not."""
+    return any(found == pid and state != "Z" for found, state, _ in _processes())
+
+
+def _processes() -> Iterator[tuple[int, str, int]]:
+    """List (pid, state, process group), as proc(5) gives them."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            state, _, group = (folder / "stat").read_text().rpartition(")")[2].split()[:3]
+        except OSError:
+            continue  # it has ended
+        yield int(folder.name), state, int(group)

@@ -1,0 +1,322 @@
+"""Where tasks run: time limits, children that are killed and replaced, neighbours left alone."""
+
+import asyncio
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from datetime import timedelta
+from time import monotonic
+from types import ModuleType
+from typing import Any
+
+import pytest
+from sqlalchemy import Engine
+from sqlalchemy.orm import Session
+
+from sqlqueue import Job, LeaseLost, Queue, Retry, current_run
+from tests.harness import (
+    CLOCKS,
+    SOON,
+    TTL,
+    application_table,
+    is_alive,
+    load_app,
+    outcomes,
+    rows,
+    tree,
+    value,
+    wait_until,
+)
+
+ONCE = Retry(attempts=1)
+PATIENCE = TTL.total_seconds() / 6  # of a worker with a run that goes on after its end
+LIMIT = timedelta(seconds=0.3)
+
+
+@pytest.fixture
+def app(engine: Engine, migrated_url: str) -> Iterator[ModuleType]:
+    """The application of the tests, whose tasks child processes can import."""
+    application_table(engine)
+    loaded = load_app(migrated_url)
+    yield loaded
+    loaded.queue.engine.dispose()
+
+
+def ended(job: Job[Any]) -> Job[Any]:
+    wait_until(lambda: job.refresh().has_ended, within=20, what=f"the end of {job}")
+    return job
+
+
+# Time limits
+
+
+def test_a_coroutine_is_cancelled_when_its_time_is_over(queue, engine):
+    told = threading.Event()
+
+    @queue.task(name="slow", timeout=LIMIT, retry=Retry(attempts=2, waits=[timedelta(0)]))
+    async def slow() -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            told.set()
+
+    with queue.worker("default", **CLOCKS):
+        job = ended(slow.enqueue())
+
+    assert told.is_set()
+    assert (job.state, job.error_type) == ("failed", "TimeoutError")
+    assert outcomes(engine, job.id) == ["timed_out", "timed_out"]
+
+
+def test_a_thread_that_ignores_its_time_loses_its_lease(queue, engine):
+    """It is reported, and what it does afterwards is refused."""
+    errors: list[LeaseLost] = []
+    may_end, has_ended = threading.Event(), threading.Event()
+
+    @queue.task(name="deaf", timeout=LIMIT, retry=ONCE)
+    def deaf() -> None:
+        assert may_end.wait(10)
+        with Session(engine) as session:
+            try:
+                current_run().finish(session)
+            except LeaseLost as error:
+                errors.append(error)
+        has_ended.set()
+
+    with queue.worker("default", **CLOCKS):
+        job = ended(deaf.enqueue())
+        may_end.set()
+        assert has_ended.wait(10)
+
+    assert outcomes(engine, job.id) == ["timed_out"]
+    assert [error.job_id for error in errors] == [job.id]
+    took = float(
+        value(engine, "select extract(epoch from ended_at - started_at) from sqlqueue.run")
+    )
+    assert LIMIT.total_seconds() + PATIENCE <= took < LIMIT.total_seconds() + PATIENCE + 1
+
+
+def test_a_thread_that_hears_of_its_time_ends_as_timed_out(queue, engine):
+    @queue.task(name="polite", timeout=LIMIT, retry=ONCE)
+    def polite() -> None:
+        run = current_run()
+        wait_until(lambda: run.is_cancelled)
+        raise InterruptedError
+
+    with queue.worker("default", **CLOCKS):
+        job = ended(polite.enqueue())
+
+    assert outcomes(engine, job.id) == ["timed_out"]
+    assert "InterruptedError" not in job.error
+
+
+@pytest.mark.parametrize("why", ["timeout", "cancel"])
+def test_a_stubborn_process_is_killed_with_all_it_started(app, engine, why):
+    """It ignores SIGTERM and has a child of its own; the next job has a fresh process."""
+    started = "select pid from effect where key = 'stubborn'"
+    with app.queue.worker("default", **CLOCKS, slots=1):
+        limit = timedelta(seconds=3) if why == "timeout" else None
+        job = app.stubborn.using(timeout=limit).enqueue("stubborn")
+        wait_until(lambda: len(rows(engine, started)) == 2, what="the process and its child")
+        pids = [row[0] for row in rows(engine, started)]
+        assert all(is_alive(pid) for pid in pids)
+        if why == "cancel":
+            assert job.cancel()
+        began = monotonic()
+        wait_until(lambda: not any(is_alive(pid) for pid in pids), within=5)
+        gone = monotonic()
+        ended(job)
+        next_one = app.process_id.enqueue()
+        assert next_one.wait(SOON) not in pids
+
+    expected = {"timeout": ("failed", ["timed_out"]), "cancel": ("cancelled", ["cancelled"])}
+    assert (job.state, outcomes(engine, job.id)) == expected[why]
+    if why == "cancel":
+        print(f"gone {gone - began:.2f} s after the cancel")
+        assert gone - began < 1
+    else:
+        took = value(engine, "select ran from sqlqueue.run where outcome = 'timed_out'")
+        print(f"ended after {took:.2f} s, with a limit of 3 s")
+        assert 3 <= took < 4
+
+
+def test_a_process_job_that_waits_for_a_slot_is_cancelled_without_a_start(app, engine):
+    """What was claimed ahead of a slot, and cancelled there, never runs."""
+    with app.queue.worker("default", **CLOCKS, slots=1):
+        first = app.stubborn.using(timeout=None).enqueue("first")
+        wait_until(lambda: value(engine, "select count(*) from effect") == 2)
+        second = app.stubborn.using(timeout=None).enqueue("second")
+        assert second.cancel()
+        ended(second)
+        assert first.cancel()
+        ended(first)
+
+    assert second.state == "cancelled"
+    assert value(engine, "select count(*) from effect where key = 'second'") == 0
+
+
+# Child processes
+
+
+def test_a_child_process_is_replaced_after_its_runs(app):
+    with app.queue.worker("default", **CLOCKS, slots=1, child_runs=2):
+        pids = [app.process_id.enqueue().wait(SOON) for _ in range(4)]
+
+    assert pids[0] == pids[1]
+    assert pids[2] == pids[3]
+    assert pids[1] != pids[2]
+    assert not any(is_alive(pid) for pid in pids)
+
+
+def test_a_child_process_that_has_grown_is_replaced(app):
+    limit = 200 << 20
+    with app.queue.worker("default", **CLOCKS, slots=1, child_bytes=limit):
+        small = app.allocate.enqueue(1).wait(SOON)
+        large = app.allocate.enqueue(300).wait(SOON)
+        after = app.allocate.enqueue(1).wait(SOON)
+
+    assert small == large
+    assert after != large
+
+
+def test_a_coroutine_runs_in_a_child_process(app):
+    with app.queue.worker("default", **CLOCKS):
+        assert app.async_in_process.enqueue().wait(SOON) != os.getpid()
+
+
+def test_a_segfault_ends_its_job_and_leaves_its_neighbours_alone(app, engine):
+    """It crashes max_crashes times; threads and other children of the worker go on."""
+    with app.queue.worker("default", **CLOCKS, slots=4):
+        neighbours = [app.linger.enqueue(f"thread {n}", 1.5) for n in range(2)]
+        job = app.segfault.enqueue()
+        fine = app.process_id.enqueue()
+        ended(job)
+        for one in (*neighbours, fine):
+            one.wait(SOON)
+
+    assert outcomes(engine, job.id) == ["crashed", "crashed"]
+    assert (job.state, job.error_type) == ("failed", "crashed")
+    assert job.error == f"its process ended with exit code {-signal.SIGSEGV}"
+    for one in (*neighbours, fine):
+        assert outcomes(engine, one.id) == ["succeeded"]
+
+
+def test_a_process_is_refused_for_a_function_that_it_cannot_import(queue):
+    with pytest.raises(ValueError, match="could not import it"):
+
+        @queue.task(name="hidden", executor="process")
+        def hidden() -> None: ...
+
+
+def test_an_executor_that_cannot_run_the_function_gives_way_to_one_that_can(queue):
+    @queue.task(name="sync")
+    def in_thread() -> str:
+        return threading.current_thread().name
+
+    with queue.worker("default", **CLOCKS):
+        job = queue.using(executor="async").send("sync")
+        assert job.wait(SOON) == "sqlqueue task"
+
+
+# Blocked slots
+
+
+def test_tasks_that_block_for_three_ttl_keep_their_leases(queue, engine):
+    """Blocked slots and a blocked event loop silence no beat: there is no false rescue."""
+    seconds = 3 * TTL.total_seconds()
+
+    @queue.task(name="thread")
+    def in_thread() -> int:
+        threading.Event().wait(seconds)
+        return current_run().number
+
+    @queue.task(name="loop")
+    async def on_loop() -> int:
+        threading.Event().wait(seconds)  # no await: nothing else runs on the loop
+        return current_run().number
+
+    with queue.worker("default", **CLOCKS, slots=2), queue.worker("other", **CLOCKS):
+        jobs = [in_thread.enqueue(), on_loop.enqueue()]
+        assert [job.wait(timedelta(seconds=seconds + 5)) for job in jobs] == [1, 1]
+
+    assert [outcomes(engine, job.id) for job in jobs] == [["succeeded"]] * 2
+
+
+def test_code_that_holds_the_interpreter_for_three_ttl_keeps_its_lease(engine, migrated_url):
+    """The supervisor beats for a worker that cannot."""
+    queue = Queue(migrated_url)
+    with tree(migrated_url, slots=1), queue.worker("other", **CLOCKS):
+        job = queue.send("hold_interpreter", 3 * int(TTL.total_seconds()))
+        assert job.wait(timedelta(seconds=25)) == 1
+
+    assert outcomes(engine, job.id) == ["succeeded"]
+    queue.engine.dispose()
+
+
+def test_a_claimed_job_does_not_wait_behind_a_long_one(queue, engine):
+    """Jobs claimed ahead of a slot are handed back, and another worker runs them."""
+    may_end = threading.Event()
+
+    @queue.task(name="quick")
+    def quick() -> None: ...
+
+    @queue.task(name="long")
+    def long() -> None:
+        assert may_end.wait(20)
+
+    with queue.worker("default", **CLOCKS, slots=1) as busy:
+        queue.enqueue_many(quick.s() for _ in range(200))  # it learns that jobs are quick
+        wait_until(lambda: value(engine, "select count(*) from sqlqueue.live") == 0)
+        queue.enqueue_many([long.s(), *(quick.s() for _ in range(20))])
+        sql = "select count(*) from sqlqueue.jobs where task = 'long' and state = 'running'"
+        wait_until(lambda: value(engine, sql) == 1)
+        with queue.worker("default", **CLOCKS, slots=1):
+            began = monotonic()
+            sql = "select count(*) from sqlqueue.run where outcome = 'succeeded'"
+            wait_until(lambda: value(engine, sql) == 220, within=5, what="the quick jobs")
+            print(f"done beside a long job after {monotonic() - began:.2f} s")
+        assert value(engine, "select count(*) from sqlqueue.lease") == 1
+        may_end.set()
+
+    assert not busy.runs.held
+    assert value(engine, "select max(attempt) from sqlqueue.run") == 1
+
+
+def test_a_thread_that_never_ends_takes_its_slot_and_no_job(queue, engine):
+    """A worker without a parent goes on with the slots it has left."""
+    may_end = threading.Event()
+
+    @queue.task(name="deaf", timeout=LIMIT, retry=ONCE)
+    def deaf() -> None:
+        may_end.wait(30)
+
+    @queue.task(name="fine")
+    def fine() -> str:
+        return "fine"
+
+    stuck = queue.worker("default", **CLOCKS | {"grace": timedelta(seconds=0.5)}, slots=1)
+    with stuck:
+        ended(deaf.enqueue())
+        job = fine.enqueue()
+        with queue.worker("default", **CLOCKS, slots=1):
+            assert job.wait(timedelta(seconds=5)) == "fine"
+        may_end.set()
+        assert fine.enqueue().wait(SOON) == "fine"  # the slot is free again
+
+
+def test_a_worker_process_with_a_thread_that_never_ends_is_replaced(engine, migrated_url):
+    application_table(engine)
+    queue = Queue(migrated_url)
+    pids = "select pid from sqlqueue.worker where died_at is null"
+    options: dict[str, Any] = CLOCKS | {"grace": timedelta(seconds=0.5), "slots": 2}
+    with tree(migrated_url, **options):
+        stuck = queue.using(timeout=LIMIT, retry=ONCE).send("wedge", "stuck")
+        ended(stuck)
+        wedged = value(engine, "select pid from effect where key = 'stuck'")
+        wait_until(lambda: not is_alive(wedged), what="the end of the stuck process")
+        assert queue.send("linger", "fine", 0).wait(timedelta(seconds=15)) != wedged
+        assert value(engine, pids) != wedged
+
+    assert outcomes(engine, stuck.id) == ["timed_out"]
+    queue.engine.dispose()

@@ -1,0 +1,347 @@
+"""Workers that die, stall and lose their connections: real signals on real process trees.
+
+Clocks: beat 0.5 s, self-fence 2 s, ttl 3 s, poll 0.25 s.
+"""
+
+import asyncio
+import os
+import random
+import signal
+import threading
+from datetime import timedelta
+from time import monotonic
+from uuid import UUID
+
+import pytest
+from sqlalchemy import Engine
+
+from sqlqueue import Job, Retry, current_run
+from tests.harness import (
+    CLOCKS,
+    SOON,
+    TTL,
+    application_table,
+    effects,
+    is_alive,
+    outcomes,
+    program,
+    rows,
+    tree,
+    value,
+    wait_until,
+    workers,
+)
+
+pytestmark = pytest.mark.timeout(90)
+BEAT = TTL.total_seconds() / 6
+
+
+@pytest.fixture(autouse=True)
+def table(engine: Engine) -> None:
+    application_table(engine)
+
+
+def the_worker(engine: Engine, other_than: int = 0) -> int:
+    """Wait for a live worker to register; return its id."""
+
+    def registered() -> list[int]:
+        return [number for number in workers(engine) if number != other_than]
+
+    return wait_until(registered, within=20, what="a worker")[0]
+
+
+def written_by(engine: Engine, key: str) -> int:
+    """Wait until a task has written the key; return the process id of its worker."""
+    sql = "select pid from effect where key = :key"
+    pid: int = wait_until(lambda: value(engine, sql, key=key), within=20, what=f"key {key}")
+    return pid
+
+
+def seconds_between(engine: Engine, job: Job[object], key: str) -> float:
+    """Return the seconds from the moment marked by `key` to the end of the job's first run."""
+    sql = (
+        "select extract(epoch from ended_at - at) from sqlqueue.run, effect"
+        " where job_id = :id and run.run = 1 and key = :key"
+    )
+    return float(value(engine, sql, id=job.id, key=key))
+
+
+def mark(engine: Engine, key: str) -> None:
+    """Write down that it is now, by the database's clock."""
+    rows(engine, "insert into effect (key) values (:key)", key=key)
+
+
+# Death
+
+
+def test_jobs_of_a_killed_worker_process_are_ready_again_at_once(queue, engine, migrated_url):
+    jobs = [queue.send("linger", f"job {number}", 60) for number in range(3)]
+    with tree(migrated_url, slots=3):
+        victim = written_by(engine, "job 2")
+        wait_until(lambda: effects(engine, "job 0") and effects(engine, "job 1"))
+        mark(engine, "killed")
+        os.kill(victim, signal.SIGKILL)
+        for job in jobs:
+            wait_until(lambda job=job: outcomes(engine, job.id), what="the hand-back")
+        replacement = the_worker(engine)
+        assert workers(engine)[replacement] != victim
+
+    took = [seconds_between(engine, job, "killed") for job in jobs]
+    print(f"handed back after {max(took):.2f} s")
+    assert max(took) < 2
+    assert all(outcomes(engine, job.id)[0] == "crashed" for job in jobs)
+    assert all(job.refresh().attempt == 1 for job in jobs)
+
+
+def test_jobs_of_a_dead_worker_are_ready_in_time(queue, engine, migrated_url):
+    """Within ttl + 5 s if its whole tree is gone."""
+    job = queue.send("linger", "orphan", 60)
+    with tree(migrated_url) as parent:
+        victim = written_by(engine, "orphan")
+        mark(engine, "killed")
+        os.killpg(parent, signal.SIGKILL)
+        wait_until(lambda: not is_alive(victim))
+
+    with queue.worker("other", **CLOCKS):  # of another queue: any worker rescues
+        wait_until(lambda: outcomes(engine, job.id), within=15, what="the rescue")
+
+    took = seconds_between(engine, job, "killed")
+    print(f"rescued after {took:.2f} s")
+    assert took < TTL.total_seconds() + 5
+    assert outcomes(engine, job.id) == ["crashed"]
+    assert job.refresh().state == "ready"
+
+
+def test_the_children_of_a_killed_supervisor_are_gone_at_once(queue, engine, migrated_url):
+    queue.send("linger", "thread", 60)
+    queue.using(executor="process").send("stubborn", "process")
+    with tree(migrated_url, 2) as parent:
+        written_by(engine, "thread")
+        written_by(engine, "process")
+        pids = [row[0] for row in rows(engine, "select pid from effect")]
+        pids += workers(engine).values()
+        assert all(is_alive(pid) for pid in pids)
+        os.kill(parent, signal.SIGKILL)
+        began = monotonic()
+        wait_until(lambda: not any(is_alive(pid) for pid in pids), within=5)
+
+    print(f"the tree was gone after {monotonic() - began:.2f} s")
+    assert monotonic() - began < 1.5
+
+
+def test_a_poison_job_fails_alone(queue, engine, migrated_url):
+    """Its neighbours lose no attempt; it ends after max_crashes."""
+    neighbours = [queue.send("linger", f"neighbour {n}", 1.0) for n in range(4)]
+    poison = queue.send("poison")
+    later = [queue.send("linger", f"later {n}", 0) for n in range(20)]
+    with tree(migrated_url, slots=5):
+        wait_until(lambda: poison.refresh().has_ended, within=30, what="the end of the poison")
+        for job in (*neighbours, *later):
+            wait_until(lambda job=job: job.refresh().has_ended, within=20)
+
+    assert (poison.state, poison.error_type) == ("failed", "crashed")
+    assert outcomes(engine, poison.id) == ["crashed"] * 3
+    for job in (*neighbours, *later):
+        assert (job.state, job.attempt) == ("succeeded", 1)
+
+
+def test_a_suspect_runs_alone(queue, engine, migrated_url):
+    """A job that has seen two workers die shares its process with no other."""
+    suspect = queue.send("linger", "suspect", 0.5)
+    sql = "update sqlqueue.ready set crashes = 2 where job_id = :id"
+    rows(engine, sql, id=suspect.id)
+    with tree(migrated_url, slots=5):
+        others = [queue.send("linger", f"other {n}", 0.1) for n in range(10)]
+        pids = {job.wait(SOON) for job in others}
+        assert suspect.wait(timedelta(seconds=20)) not in pids
+
+
+def test_an_embedded_worker_runs_a_suspect_when_all_else_has_ended(queue, engine):
+    neighbours: list[set[int]] = []
+    running: set[int] = set()
+
+    @queue.task(name="share")
+    def share(number: int) -> None:
+        running.add(number)
+        for _ in range(5):
+            if number == 0:
+                neighbours.append(running - {0})
+            threading.Event().wait(0.01)
+        running.discard(number)
+
+    jobs = [share.enqueue(number) for number in range(6)]
+    rows(engine, "update sqlqueue.ready set crashes = 2 where job_id = :id", id=jobs[0].id)
+    with queue.worker("default", **CLOCKS, slots=6):
+        for job in jobs:
+            job.wait(SOON)
+
+    assert neighbours == [set()] * 5
+
+
+# Stalls
+
+
+def test_a_worker_stopped_for_longer_than_its_ttl_cannot_finish(queue, engine, migrated_url):
+    """Its job runs elsewhere; when it goes on, its writes are rolled back."""
+    written = "select count(*) from pg_stat_activity where query like 'insert into effect%'"
+    job = queue.using(timeout=None).send("write", "paid", 2)
+    with program(migrated_url, f"app.work(('default',), {CLOCKS | {'slots': 1}!r})") as stalled:
+        first = the_worker(engine)
+        wait_until(lambda: value(engine, written + " and state = 'idle in transaction'"))
+        os.kill(stalled.pid, signal.SIGSTOP)
+
+        with program(migrated_url, f"app.work(('default',), {CLOCKS!r})"):
+            assert job.wait(timedelta(seconds=15)) == 2
+            os.kill(stalled.pid, signal.SIGCONT)
+            the_worker(engine, other_than=first)
+            # It has found out and registered anew; and its transaction has come to an end.
+            again = "select count(*) from sqlqueue.worker where pid = :pid and died_at is null"
+            wait_until(lambda: value(engine, again, pid=stalled.pid), what="it to register anew")
+            open_ = "select count(*) from pg_stat_activity where state = 'idle in transaction'"
+            wait_until(lambda: value(engine, open_) == 0, what="the end of its transaction")
+
+    assert effects(engine, "paid") == [2]
+    assert outcomes(engine, job.id) == ["crashed", "succeeded"]
+
+
+def test_a_worker_that_was_declared_dead_registers_anew_and_goes_on(queue, engine):
+    @queue.task(name="fine")
+    def fine() -> str:
+        return "fine"
+
+    with queue.worker("default", **CLOCKS) as worker:
+        first = worker.id
+        rows(engine, "update sqlqueue.worker set died_at = now() where id = :id", id=first)
+        wait_until(lambda: worker.id != first, within=3, what="it to register anew")
+        assert fine.enqueue().wait(SOON) == "fine"
+        assert list(workers(engine)) == [worker.id]
+
+
+def test_a_worker_that_cannot_beat_drops_what_it_holds(queue, engine):
+    told, started = threading.Event(), threading.Event()
+
+    @queue.task(name="patient")
+    async def patient() -> None:
+        started.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            told.set()
+
+    with queue.worker("default", **CLOCKS) as worker:
+        patient.enqueue()
+        assert started.wait(10)
+        with engine.begin() as conn:  # somebody holds its row: beats get no answer
+            conn.exec_driver_sql("select from sqlqueue.worker for update")
+            began = monotonic()
+            assert told.wait(TTL.total_seconds()), "it did not fence itself"
+            print(f"fenced itself after {monotonic() - began:.2f} s without a beat")
+        first = worker.id
+        worker.stop()
+        worker.stop()
+    assert first
+
+
+# Connections
+
+
+def test_a_worker_whose_connections_are_all_cut_goes_on(queue, engine):
+    runs: list[int] = []
+    may_end = threading.Event()
+
+    @queue.task(name="through", retry=Retry(attempts=1))
+    def through(number: int) -> None:
+        assert may_end.wait(20)
+        runs.append(number)
+
+    cut = (
+        "select pg_terminate_backend(pid) from pg_stat_activity"
+        " where datname = current_database() and pid <> pg_backend_pid()"
+    )
+    with queue.worker("default", **CLOCKS, slots=4) as worker:
+        first = worker.id
+        jobs = [through.enqueue(number) for number in range(4)]
+        wait_until(lambda: value(engine, "select count(*) from sqlqueue.lease") == 4)
+        for _ in range(3):
+            rows(engine, cut)
+        may_end.set()
+        rows(engine, cut)
+        queue.engine.dispose()  # its pool does not know that its connections are gone
+        later = [through.enqueue(number) for number in range(4, 8)]
+        for job in (*jobs, *later):
+            wait_until(lambda job=job: job.refresh().state == "succeeded", what=f"{job}")
+        assert worker.id == first
+
+    assert sorted(runs) == list(range(8))
+
+
+def test_a_lease_that_its_worker_does_not_know_of_is_handed_back(queue, engine):
+    """As after a claim whose COMMIT was done but never answered."""
+    ran = threading.Event()
+
+    @queue.task(name="lost")
+    def lost() -> int:
+        ran.set()
+        return current_run().number
+
+    with queue.worker("default", **CLOCKS, slots=1) as worker:
+        with engine.begin() as conn:
+            job = lost.using(conn).enqueue()
+            conn.exec_driver_sql(
+                "with gone as (delete from sqlqueue.ready returning *)"
+                " insert into sqlqueue.lease (job_id, due_at, run, failures, crashes, priority,"
+                " queue, seq, worker_id, claimed_at)"
+                " select job_id, due_at, 1, 0, 0, priority, queue, seq, %s, now() from gone",
+                (worker.id,),
+            )
+        began = monotonic()
+        assert job.wait(SOON) == 2
+
+    print(f"ran after {monotonic() - began:.2f} s")
+    assert outcomes(engine, job.id) == ["returned", "succeeded"]
+    assert job.attempt == 1
+    sql = "select extract(epoch from ended_at - started_at) from sqlqueue.run where run = 1"
+    assert float(value(engine, sql)) < 3 * BEAT + 0.2
+
+
+# Everything at once
+
+
+@pytest.mark.parametrize(
+    "seconds",
+    [pytest.param(10, id="short"), pytest.param(60, id="long", marks=pytest.mark.nightly)],
+)
+def test_no_acknowledged_job_is_lost(queue, engine, migrated_url, seconds):
+    """Workers are killed at random: each job is executed, and its writes happen once."""
+    seed = 20261122
+    dice = random.Random(seed)
+    acknowledged: list[UUID] = []
+    kills = 0
+    with tree(migrated_url, 2, slots=4):
+        end = monotonic() + seconds
+        strike = monotonic() + 2
+        while monotonic() < end:
+            for _ in range(3):
+                key = str(len(acknowledged))
+                job = queue.using(max_crashes=1000).send("write", key, dice.uniform(0, 0.1))
+                acknowledged.append(job.id)
+            if monotonic() > strike and (alive := workers(engine)):
+                victim = alive[dice.choice(sorted(alive))]
+                if is_alive(victim):
+                    os.kill(victim, signal.SIGKILL)
+                    kills += 1
+                strike = monotonic() + dice.uniform(0.3, 1)
+            threading.Event().wait(0.05)
+        drained = "select count(*) from sqlqueue.live"
+        wait_until(lambda: value(engine, drained) == 0, within=45, what="all jobs to end")
+
+    crashed = value(engine, "select count(*) from sqlqueue.run where outcome = 'crashed'")
+    print(f"seed {seed}: {len(acknowledged)} jobs, {kills} kills, {crashed} crashed runs")
+    assert kills >= 3, "inconclusive: hardly anybody was killed"
+    assert crashed, "inconclusive: nobody was killed at work"
+    succeeded = "select count(*) from sqlqueue.jobs where state = 'succeeded'"
+    assert value(engine, succeeded) == len(acknowledged)
+    assert value(engine, "select count(*) from sqlqueue.run where is_final") == len(acknowledged)
+    counts = rows(engine, "select key, count(*) from effect group by key having count(*) <> 1")
+    assert counts == []
+    assert value(engine, "select count(*) from effect") == len(acknowledged)

@@ -1,0 +1,298 @@
+"""The plans of the statements that must stay quick, whatever the statistics say or do not say."""
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from importlib.resources import files
+from typing import Any
+
+import psycopg
+import pytest
+from sqlalchemy import Connection, Engine, create_engine, text
+
+from sqlqueue import Options, migrate
+from sqlqueue.literal import new_id
+from sqlqueue.store import Ended, Executes, Lane, Store
+from tests.test_store import hire
+
+MANY = 20_000
+TTL = timedelta(seconds=30)
+LANE = Lane("default", 0)
+SOMEBODY = "018f0000-0000-7000-8000-000000000000"
+HOT = ("ready", "scheduled", "lease", "job", "run", "doorbell", "cancel_request")
+
+# What each statement is asked, by the worker with the number given.
+ASKED: dict[str, Callable[[Store, Executes, int], object]] = {
+    "claim": lambda store, conn, worker: store.claim(conn, LANE, 5, 500, worker),
+    "finish": lambda store, conn, worker: store.finish(
+        conn,
+        [Ended(new_id(), 1, "succeeded", None, 0.1, "1")]
+        + [Ended(new_id(), 1, "failed", TTL, 0.1, None, "E", "e", "t") for _ in range(499)],
+    ),
+    "held": lambda store, conn, worker: store.held(conn, [(new_id(), 1) for _ in range(500)]),
+    "promote": lambda store, conn, worker: store.promote(conn, 10 * TTL, 500),
+    "next_due": lambda store, conn, worker: store.next_due(conn),
+    "lanes": lambda store, conn, worker: store.lanes(conn, "default", [0, 1], False),
+    "leases": lambda store, conn, worker: store.leases(conn, worker),
+    "beat": lambda store, conn, worker: store.beat(conn, worker),
+    "arm": lambda store, conn, worker: store.arm(conn, ["default", "mail"], worker, TTL),
+    "disarm": lambda store, conn, worker: store.disarm(conn, ["default", "mail"], worker),
+    "cancel_ready": lambda store, conn, worker: store.cancel_ready(conn, SOMEBODY, ""),
+    "cancel_scheduled": lambda store, conn, worker: store.cancel_scheduled(conn, SOMEBODY, ""),
+    "retry": lambda store, conn, worker: store.retry(conn, SOMEBODY),
+    "bury": lambda store, conn, worker: store.rescue(conn, 500),
+    "orphans": lambda store, conn, worker: store.rescue(AfterBury(conn), 500),
+}
+
+
+class Noted(Exception):
+    """Instead of running a statement."""
+
+    def __init__(self, statement: str, parameters: Any) -> None:
+        self.statement = statement
+        self.parameters = parameters
+
+
+class Notes:
+    """Runs nothing; raises what it was asked to run."""
+
+    def exec_driver_sql(self, statement: str, parameters: Any = None, /) -> Any:
+        raise Noted(statement, parameters)
+
+
+class AfterBury:
+    """Passes over the first statement of a rescue, as if it had buried nobody."""
+
+    def __init__(self, conn: Executes) -> None:
+        self._conn = conn
+        self._is_first = True
+
+    def exec_driver_sql(self, statement: str, parameters: Any = None, /) -> Any:
+        if self._is_first:
+            self._is_first = False
+            return self
+        return self._conn.exec_driver_sql(statement, parameters)
+
+    def fetchall(self) -> list[Any]:
+        return []
+
+
+def asked(verb: str, store: Store, worker: int) -> tuple[str, Any]:
+    """The statement that the store runs for a verb, with its parameters."""
+    with pytest.raises(Noted) as noted:
+        ASKED[verb](store, Notes(), worker)
+    return noted.value.statement, noted.value.parameters
+
+
+# Stages
+
+
+def make_database(create_database: Callable[[], str]) -> Engine:
+    """A migrated database in which nothing is analyzed or vacuumed unless we do."""
+    engine = create_engine(create_database())
+    migrate(engine)
+    with engine.begin() as conn:
+        for table in ("ready", "scheduled", "lease", "doorbell"):
+            conn.execute(text(f"alter table sqlqueue.{table} set (autovacuum_enabled = off)"))
+    return engine
+
+
+def enqueue(conn: Connection, store: Store, count: int, **options: Any) -> None:
+    params = Options(**options).params
+    store.enqueue(conn, [new_id() for _ in range(count)], ["{}"] * count, "greet", params)
+
+
+def fill(conn: Connection, store: Store) -> None:
+    """Add as many jobs to each hot table as a busy day might."""
+    worker = hire(conn, store)
+    enqueue(conn, store, MANY, priority=3)
+    store.claim(conn, Lane("default", 3), 0, MANY, worker)
+    enqueue(conn, store, MANY, delay=timedelta(minutes=5))
+    conn.execute(text("update sqlqueue.scheduled set due_at = now() - random() * interval '1 h'"))
+    enqueue(conn, store, MANY)
+    enqueue(conn, store, MANY, queue="mail", priority=-1)
+
+
+@pytest.fixture(scope="module", params=["empty", "never analyzed", "analyzed"])
+def stage(request: pytest.FixtureRequest, create_database) -> Iterator[Engine]:
+    """A database with a worker whose number is 1, in one of three states."""
+    engine = make_database(create_database)
+    with engine.begin() as conn:
+        hire(conn, Store())
+        if request.param != "empty":
+            fill(conn, Store())
+    if request.param == "analyzed":
+        with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as conn:
+            conn.execute(text("vacuum analyze"))
+    yield engine
+    engine.dispose()
+
+
+@pytest.fixture(scope="module")
+def cached(create_database) -> Iterator[psycopg.Connection[Any]]:
+    """A session that prepared every statement while all was empty, and does not plan again."""
+    engine, store = make_database(create_database), Store()
+    with engine.begin() as conn:
+        hire(conn, store)
+    with engine.connect() as pooled:
+        driver: Any = pooled.connection.driver_connection
+        driver.execute("set plan_cache_mode = force_generic_plan")
+        for verb in ASKED:
+            statement, parameters = asked(verb, store, 1)
+            for _ in range(6):
+                store.begin(pooled, TTL)
+                driver.execute(statement, parameters, prepare=True)
+                driver.commit()  # a rollback would make the driver forget what it prepared
+        with engine.begin() as conn:
+            fill(conn, store)
+        yield driver
+    engine.dispose()
+
+
+# Plans
+
+
+def nodes(plan: dict[str, Any], apart: bool = True) -> Iterator[dict[str, Any]]:
+    """The nodes of a plan; with `apart` also those of its subplans and common tables."""
+    yield plan
+    for child in plan.get("Plans", ()):
+        if apart or child.get("Parent Relationship") not in ("InitPlan", "SubPlan"):
+            yield from nodes(child, apart)
+
+
+def table_of(node: dict[str, Any]) -> str | None:
+    """The table that a node reads, without the week of its partition."""
+    name = node.get("Relation Name")
+    return re.sub(r"_(\d{8}|default)$", "", name) if name else None
+
+
+def check_plan(verb: str, plan: dict[str, Any]) -> None:
+    """The index of the header is used, and nothing reads a hot table from end to end."""
+    for node in nodes(plan):
+        kind = node["Node Type"]
+        if kind in ("Seq Scan", "Bitmap Heap Scan"):
+            assert table_of(node) not in HOT, f"{kind} on {table_of(node)}"
+        if kind in ("Sort", "Incremental Sort"):
+            sorted_tables = {table_of(one) for one in nodes(node, apart=False)}
+            assert not sorted_tables & {"ready", "scheduled", "lease"}, "a hot table is sorted"
+        assert kind not in ("Hash Join", "Merge Join"), kind
+
+    header = (files("sqlqueue") / "sql" / f"{verb}.sql").read_text("utf-8")
+    (promised,) = re.findall(r"^-- index   (.*)$", header, re.M)
+    used = {re.sub(r"_(\d{8}|default)_", "_", n.get("Index Name", "")) for n in nodes(plan)}
+    assert promised in used
+
+
+@pytest.mark.parametrize("verb", ASKED)
+def test_a_plan_uses_the_index_and_nothing_else(stage, store, verb) -> None:
+    statement, parameters = asked(verb, store, 1)
+
+    with stage.connect() as conn:
+        store.begin(conn, TTL)
+        (plan,) = conn.exec_driver_sql(f"explain (format json) {statement}", parameters).scalar()
+
+    check_plan(verb, plan["Plan"])
+
+
+@pytest.mark.parametrize("verb", ASKED)
+def test_a_plan_made_while_all_was_empty_uses_the_index(cached, store, verb) -> None:
+    statement, parameters = asked(verb, store, 1)
+    order = list(dict.fromkeys(re.findall(r"%\((\w+)\)s", statement)))
+    for place, parameter in enumerate(order, 1):
+        statement = statement.replace(f"%({parameter})s", f"${place}")
+    find = "select name, generic_plans from pg_prepared_statements where statement = %s"
+    ((name, generic_plans),) = cached.execute(find, [statement.replace("%%", "%")]).fetchall()
+    assert generic_plans == 6
+    values = ", ".join(f"%({parameter})s" for parameter in order)
+    call = psycopg.ClientCursor(cached).mogrify(f"({values})" if order else "", parameters)
+
+    (plan,) = cached.execute(f"explain (format json) execute {name}{call}").fetchone()[0]
+    cached.commit()
+
+    check_plan(verb, plan["Plan"])
+
+
+# With a snapshot that is held open elsewhere
+
+
+def blocks(conn: Connection, ask: Callable[[Store, Executes, int], object]) -> int:
+    """The blocks that a statement touches when it runs."""
+    with pytest.raises(Noted) as noted:
+        ask(Store(), Notes(), 1)
+    Store().begin(conn, TTL)
+    explain = f"explain (analyze, buffers, format json) {noted.value.statement}"
+    (plan,) = conn.exec_driver_sql(explain, noted.value.parameters).scalar()
+    conn.rollback()
+    root = plan["Plan"]
+    return int(root["Shared Hit Blocks"] + root["Shared Read Blocks"])
+
+
+@contextmanager
+def pinned(engine: Engine) -> Iterator[None]:
+    """Hold a snapshot, as a report or a dump does: what dies meanwhile cannot be removed."""
+    with engine.connect().execution_options(isolation_level="REPEATABLE READ") as conn:
+        conn.execute(text("select count(*) from sqlqueue.queue"))
+        yield
+
+
+def drain(engine: Engine, store: Store) -> int:
+    """Promote, claim and finish everything in turns of 500; return the highest seq."""
+    floor = 0
+    while True:
+        with engine.begin() as conn:
+            store.begin(conn, TTL)
+            store.promote(conn, None, 500)
+            found = store.claim(conn, LANE, floor, 500, 1)
+            if not found:
+                return floor
+            floor = found[-1].seq
+            store.finish(conn, [Ended(row.job_id, row.run, "succeeded") for row in found])
+
+
+def test_dead_rows_that_cannot_be_removed_cost_nothing(create_database, store) -> None:
+    engine = make_database(create_database)
+    soon = timedelta(seconds=10)
+    floor = 0
+    statements: dict[str, Callable[[Store, Executes, int], object]] = {
+        "claim": lambda store, conn, worker: store.claim(conn, LANE, floor, 10, worker),
+        "promote": lambda store, conn, worker: store.promote(conn, soon, 10),
+        "next_due": lambda store, conn, worker: store.next_due(conn),
+        "lanes": lambda store, conn, worker: store.lanes(conn, "default", [0], False),
+        "orphans": lambda store, conn, worker: store.rescue(AfterBury(conn), 10, strays=False),
+    }
+
+    def touched() -> dict[str, int]:
+        with engine.connect() as conn:
+            return {verb: blocks(conn, ask) for verb, ask in statements.items()}
+
+    def live_jobs(conn: Connection) -> None:
+        enqueue(conn, store, 100)
+        enqueue(conn, store, 100, delay=timedelta(hours=1))
+
+    with engine.begin() as conn:
+        hire(conn, store)
+        live_jobs(conn)
+    clean = touched()
+
+    with pinned(engine):
+        with engine.begin() as conn:
+            enqueue(conn, store, MANY // 2)
+            enqueue(conn, store, MANY // 2, delay=timedelta(hours=2))
+            conn.execute(
+                text(
+                    "update sqlqueue.scheduled set due_at = now() - interval '1 minute'"
+                    " where due_at > now() + interval '90 minutes'"
+                )
+            )
+        floor = drain(engine, store)
+        with engine.begin() as conn:
+            live_jobs(conn)
+        dirty = touched()
+        floor = 0
+        without_floor = touched()["claim"]
+    engine.dispose()
+
+    assert without_floor > 5 * clean["claim"]  # the dead rows are there
+    for verb, count in dirty.items():
+        assert count <= 2 * clean[verb], f"{verb}: {clean[verb]} -> {count}"

@@ -1,0 +1,1283 @@
+"""Each statement of the store, in a transaction that is rolled back; then two sessions at once."""
+
+import json
+import random
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from datetime import timedelta
+from itertools import pairwise
+from threading import Event
+from typing import Any
+from uuid import uuid4
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from sqlalchemy import Connection, Engine, create_engine, text
+
+from sqlqueue import Job, Options, Queue, migrate
+from sqlqueue.literal import array, new_id
+from sqlqueue.store import Ended, Lane, Store, Worker
+
+TTL = timedelta(seconds=30)
+SECOND = timedelta(seconds=1)
+AT_ONCE = timedelta(0)
+LANE = Lane("default", 0)
+LIVE = ("ready", "scheduled", "lease")
+
+
+@pytest.fixture
+def conn(conn: Connection) -> Iterator[Connection]:
+    """The transaction; at its end every job is in exactly one place."""
+    yield conn
+    check_places(conn)
+
+
+def check_places(conn: Connection) -> None:
+    """Each job is in one live table or has one final run; no live run's number is a past one's."""
+    places = " union all ".join(f"select job_id, run from sqlqueue.{table}" for table in LIVE)
+    assert (
+        conn.execute(
+            text(
+                f"select id, count(place) from sqlqueue.job left join ({places} union all"
+                " select job_id, run from sqlqueue.run where is_final"
+                ") as place on job_id = id group by id having count(place) <> 1"
+            )
+        ).all()
+        == []
+    )
+    assert (
+        conn.execute(
+            text(
+                "select lease.job_id from sqlqueue.lease join sqlqueue.run"
+                " on run.job_id = lease.job_id and run.run >= lease.run"
+                f" union all select live.job_id from ({places}) as live join sqlqueue.run"
+                " on run.job_id = live.job_id and run.run > live.run"
+            )
+        ).all()
+        == []
+    )
+    numbers = "select count(*), count(distinct (job_id, run)) from sqlqueue.run"
+    rows, different = conn.execute(text(numbers)).one()
+    assert rows == different
+
+
+def add(conn: Connection, store: Store, count: int = 1, **options: Any) -> list[str]:
+    """Enqueue jobs; return their ids."""
+    ids = [new_id() for _ in range(count)]
+    assert store.enqueue(conn, ids, ["{}"] * count, "greet", Options(**options).params) == count
+    return ids
+
+
+def hire(conn: Connection, store: Store, ttl: timedelta = TTL) -> int:
+    """Register a worker; return its id."""
+    return store.register(conn, Worker(ttl, 1, 10, "host", "name", "0", ["default"], ["greet"]))
+
+
+def claim(
+    conn: Connection, store: Store, worker: int, slots: int = 10, lane: Lane = LANE, floor: int = 0
+) -> list[Any]:
+    return list(store.claim(conn, lane, floor, slots, worker))
+
+
+def claimed_ids(*args: Any, **kwargs: Any) -> list[str]:
+    return [row.job_id for row in claim(*args, **kwargs)]
+
+
+def silence(conn: Connection, worker: int, for_: timedelta) -> None:
+    """Make the worker's last beat older."""
+    statement = "update sqlqueue.worker set heartbeat_at = now() - :for_ where id = :id"
+    conn.execute(text(statement), {"for_": for_, "id": worker})
+
+
+def let_pass(conn: Connection, time: timedelta) -> None:
+    """Have everything that is scheduled due sooner."""
+    conn.execute(text("update sqlqueue.scheduled set due_at = due_at - :time"), {"time": time})
+
+
+def rows(conn: Connection, table: str) -> list[dict[str, Any]]:
+    order = {"run": "run", "doorbell": "queue"}.get(table, "1")
+    statement = f"select * from sqlqueue.{table} order by {order}"
+    return [dict(row) for row in conn.execute(text(statement)).mappings()]
+
+
+def row(conn: Connection, table: str) -> dict[str, Any]:
+    (found,) = rows(conn, table)
+    return found
+
+
+def ids_in(conn: Connection, table: str) -> list[str]:
+    return [str(row["job_id"]) for row in rows(conn, table)]
+
+
+def job_of(conn: Connection, store: Store, job_id: str) -> Any:
+    job = store.job(conn, job_id)
+    assert job is not None
+    return job
+
+
+# Claim
+
+
+def test_jobs_of_a_lane_are_claimed_in_the_order_they_came(conn, store) -> None:
+    worker = hire(conn, store)
+    ids = add(conn, store, 5) + add(conn, store, 2)
+
+    assert claimed_ids(conn, store, worker, slots=3) == ids[:3]
+    assert claimed_ids(conn, store, worker) == ids[3:]
+    assert claimed_ids(conn, store, worker) == []
+
+
+def test_a_claim_takes_nothing_from_other_lanes(conn, store) -> None:
+    worker = hire(conn, store)
+    (mine,) = add(conn, store, queue="mail", priority=3)
+    (suspect,) = add(conn, store, queue="mail", priority=3)
+    conn.execute(text("update sqlqueue.ready set crashes = 2 where job_id = :id"), {"id": suspect})
+    add(conn, store, queue="mail", priority=4)
+    add(conn, store, queue="post", priority=3)
+
+    assert claimed_ids(conn, store, worker, lane=Lane("mail", 3)) == [mine]
+    assert claimed_ids(conn, store, worker, lane=Lane("mail", 3, is_suspect=True)) == [suspect]
+    assert len(rows(conn, "ready")) == 2
+
+
+def test_a_claim_starts_above_the_floor(conn, store) -> None:
+    worker = hire(conn, store)
+    ids = add(conn, store, 4)
+    floor = min(one["seq"] for one in rows(conn, "ready")) + 1
+
+    assert claimed_ids(conn, store, worker, floor=floor) == ids[2:]
+    assert claimed_ids(conn, store, worker, floor=0) == ids[:2]
+
+
+def test_a_claim_makes_a_lease_of_each_job_it_takes(conn, store) -> None:
+    worker = hire(conn, store)
+    add(conn, store)
+    ready = row(conn, "ready")
+
+    (claimed,) = claim(conn, store, worker)
+
+    lease = row(conn, "lease")
+    assert lease.pop("worker_id") == worker
+    assert lease.pop("claimed_at").timestamp() == pytest.approx(claimed.claimed_at, abs=1e-5)
+    assert lease.pop("run") == claimed.run == 1
+    assert lease == {name: ready[name] for name in lease}
+
+
+def test_a_claim_returns_what_a_run_needs_to_know(conn, store) -> None:
+    worker = hire(conn, store)
+    options = Options(
+        timeout=1.5 * SECOND, keep=False, headers={"a": "b"}, max_crashes=1, expires=AT_ONCE
+    )
+    job_id = new_id()
+    store.enqueue(conn, [job_id], ['{"n": 1}'], "greet", options.params)
+
+    (claimed,) = claim(conn, store, worker)
+
+    assert (claimed.job_id, claimed.run, claimed.task) == (job_id, 1, "greet")
+    assert json.loads(claimed.args) == {"n": 1}
+    assert (claimed.queue, claimed.failures, claimed.attempts) == ("default", 0, 10)
+    assert (claimed.timeout, claimed.executor, claimed.retry) == (1.5, None, None)
+    assert (claimed.keep, json.loads(claimed.headers)) == (False, {"a": "b"})
+    assert claimed.is_expired is True
+    assert claimed.is_last_crash is True
+
+
+@pytest.mark.parametrize(
+    "end",
+    [
+        lambda conn, store, worker: silence(conn, worker, TTL),
+        lambda conn, store, worker: store.rescue(conn, 10, seen_dead=worker),
+        lambda conn, store, worker: store.unregister(conn, worker),
+    ],
+    ids=["silent", "buried", "unregistered"],
+)
+def test_a_dead_worker_can_neither_claim_nor_beat(conn, store, end) -> None:
+    worker = hire(conn, store)
+    (job_id,) = add(conn, store)
+    assert store.beat(conn, worker)
+
+    end(conn, store, worker)
+
+    assert claim(conn, store, worker) == []
+    assert not store.beat(conn, worker)
+    assert ids_in(conn, "ready") == [job_id]
+    assert claim(conn, store, worker) == []  # the beat that came too late revived nobody
+
+
+def test_nothing_is_claimed_from_a_paused_queue(conn, store) -> None:
+    worker = hire(conn, store)
+    (paused,) = add(conn, store, queue="mail")
+    (other,) = add(conn, store)
+    mail = Lane("mail", 0)
+
+    store.pause(conn, "mail", by="ann", why="the printer burns", lasts=None)
+
+    assert claim(conn, store, worker, lane=mail) == []
+    assert claimed_ids(conn, store, worker) == [other]
+    said = row(conn, "queue")
+    assert (said["paused_by"], said["paused_why"]) == ("ann", "the printer burns")
+
+    store.resume(conn, "mail")
+
+    assert claimed_ids(conn, store, worker, lane=mail) == [paused]
+    assert row(conn, "queue")["paused_at"] is None
+
+
+def test_a_pause_ends_by_itself(conn, store) -> None:
+    worker = hire(conn, store)
+    (job_id,) = add(conn, store)
+    store.pause(conn, "default", by="ann", why=None, lasts=SECOND)
+    assert claim(conn, store, worker) == []
+
+    conn.execute(text("update sqlqueue.queue set resumes_at = now()"))
+
+    assert claimed_ids(conn, store, worker) == [job_id]
+
+
+# Finish
+
+
+@pytest.mark.parametrize(
+    ("outcome", "wait", "place", "failures", "crashes"),
+    [
+        ("succeeded", None, None, 0, 0),
+        ("failed", None, None, 0, 0),
+        ("failed", SECOND, "scheduled", 1, 0),
+        ("timed_out", None, None, 0, 0),
+        ("timed_out", SECOND, "scheduled", 1, 0),
+        ("crashed", None, None, 0, 1),
+        ("crashed", AT_ONCE, "ready", 0, 1),
+        ("snoozed", SECOND, "scheduled", 0, 0),
+        ("returned", AT_ONCE, "ready", 0, 0),
+        ("cancelled", None, None, 0, 0),
+        ("expired", None, None, 0, 0),
+    ],
+)
+def test_a_run_that_ends_is_recorded_and_its_job_moves_on(
+    conn, store, outcome, wait, place, failures, crashes
+) -> None:
+    worker = hire(conn, store)
+    add(conn, store, priority=2)
+    (claimed,) = claim(conn, store, worker, lane=Lane("default", 2))
+    lease = row(conn, "lease")
+
+    ended = Ended(claimed.job_id, 1, outcome, wait, 0.5, '"r"', "E", "error", "trace")
+    assert store.finish(conn, [ended]) == {claimed.job_id}
+
+    assert rows(conn, "lease") == []
+    assert row(conn, "run") == {
+        "job_id": lease["job_id"],
+        "run": 1,
+        "ended_at": lease["claimed_at"],  # in this transaction now() stands still
+        "started_at": lease["claimed_at"],
+        "due_at": lease["due_at"],
+        "worker_id": worker,
+        "ran": 0.5,
+        "attempt": 1,
+        "crashes": crashes,
+        "is_final": place is None,
+        "outcome": outcome,
+        "result": "r",
+        "error_type": "E",
+        "error": "error",
+        "traceback": "trace",
+    }
+    moved = {table: rows(conn, table) for table in LIVE if rows(conn, table)}
+    if place is None:
+        assert moved == {}
+        return
+    (there,) = moved.pop(place)
+    assert moved == {}
+    assert (there["run"], there["failures"], there["crashes"]) == (1, failures, crashes)
+    assert (there["queue"], there["priority"]) == ("default", 2)
+    if place == "ready":
+        assert (there["seq"], there["due_at"]) == (lease["seq"], lease["due_at"])
+    else:
+        assert there["due_at"] == lease["claimed_at"] + wait
+        assert there["reason"] == ("snooze" if outcome == "snoozed" else "retry")
+
+
+def test_a_job_handed_back_is_the_next_to_be_claimed(conn, store) -> None:
+    worker = hire(conn, store)
+    first, second = add(conn, store, 2)
+    (claimed,) = claim(conn, store, worker, slots=1)
+
+    store.finish(conn, [Ended(first, claimed.run, "returned", AT_ONCE)])
+
+    again, then = claim(conn, store, worker)
+    assert (again.job_id, again.run, then.job_id) == (first, 2, second)
+
+
+def test_failures_and_crashes_add_up_over_the_runs(conn, store) -> None:
+    worker = hire(conn, store)
+    (job_id,) = add(conn, store)
+
+    for run, (outcome, wait) in enumerate(
+        [("failed", SECOND), ("crashed", AT_ONCE), ("snoozed", SECOND), ("timed_out", SECOND)], 1
+    ):
+        assert claimed_ids(conn, store, worker) == [job_id]
+        assert store.finish(conn, [Ended(job_id, run, outcome, wait)])
+        let_pass(conn, SECOND)
+        store.promote(conn, None, 10)
+
+    ready = row(conn, "ready")
+    assert (ready["run"], ready["failures"], ready["crashes"]) == (4, 2, 1)
+    assert [run["attempt"] for run in rows(conn, "run")] == [1, 2, 2, 2]
+    assert [run["crashes"] for run in rows(conn, "run")] == [0, 1, 1, 1]
+
+
+def test_a_run_with_an_old_number_ends_nothing(conn, store) -> None:
+    worker = hire(conn, store)
+    (job_id,) = add(conn, store)
+    claim(conn, store, worker)
+    store.finish(conn, [Ended(job_id, 1, "returned", AT_ONCE)])
+    assert store.finish(conn, [Ended(job_id, 1, "succeeded")]) == set()  # while it is ready
+    claim(conn, store, worker)
+    before = row(conn, "lease"), rows(conn, "run")
+
+    assert store.finish(conn, [Ended(job_id, 1, "succeeded")]) == set()  # while run 2 goes on
+    assert store.held(conn, [(job_id, 1), (job_id, 2)]) == {job_id}
+    assert store.held(conn, [(job_id, 1)]) == set()
+
+    assert (row(conn, "lease"), rows(conn, "run")) == before
+
+
+def test_a_batch_ends_the_runs_that_are_held_and_names_them(conn, store) -> None:
+    worker = hire(conn, store)
+    ids = add(conn, store, 5)
+    claim(conn, store, worker)
+    stale = Ended(ids[1], 1, "returned", AT_ONCE)
+    store.finish(conn, [stale])
+
+    batch = [
+        Ended(ids[0], 1, "succeeded", result='{"n": 1}'),
+        stale,
+        Ended(ids[2], 1, "failed", SECOND, error="no"),
+        Ended(str(uuid4()), 1, "succeeded"),
+        Ended(ids[3], 1, "crashed", AT_ONCE),
+    ]
+
+    assert store.finish(conn, batch) == {ids[0], ids[2], ids[3]}
+    assert ids_in(conn, "lease") == [ids[4]]
+    assert ids_in(conn, "scheduled") == [ids[2]]
+    assert set(ids_in(conn, "ready")) == {ids[1], ids[3]}
+    assert store.finish(conn, batch) == set()
+
+
+def test_a_wait_beyond_the_calendar_does_not_fail_the_batch(conn, store) -> None:
+    worker = hire(conn, store)
+    ids = add(conn, store, 2)
+    claim(conn, store, worker)
+
+    batch = [Ended(ids[0], 1, "succeeded"), Ended(ids[1], 1, "snoozed", timedelta.max)]
+
+    assert store.finish(conn, batch) == set(ids)
+    assert ids_in(conn, "scheduled") == [ids[1]]
+
+
+# Postgres holds neither NUL nor lone surrogates; nobody sends them.
+words = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]))
+
+
+@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.none() | words | st.sampled_from(["NULL", '"', "\\", "{}", "a,b", " "])))
+def test_text_survives_the_way_into_an_array(engine, texts: list[str | None]) -> None:
+    with engine.connect() as conn:
+        statement = "select cast(%(texts)s as text[])"
+        (back,) = conn.exec_driver_sql(statement, {"texts": array(texts)}).one()
+
+    assert back == (texts if any(text is not None for text in texts) else [])
+
+
+# Cancel
+
+
+@pytest.mark.parametrize("outcome", ["failed", "timed_out", "snoozed", "crashed", "returned"])
+def test_a_job_to_be_cancelled_does_not_run_again(conn, store, outcome) -> None:
+    worker = hire(conn, store)
+    (job_id,) = add(conn, store)
+    claim(conn, store, worker)
+    assert store.leases(conn, worker) == {(job_id, 1): False}
+
+    store.request_cancel(conn, job_id, "no more")
+
+    assert store.leases(conn, worker) == {(job_id, 1): True}
+    assert store.finish(conn, [Ended(job_id, 1, outcome, AT_ONCE)]) == {job_id}
+    assert job_of(conn, store, job_id).state == "cancelled"
+    assert row(conn, "run")["is_final"]
+
+
+def test_a_run_that_succeeds_first_is_not_cancelled(conn, store) -> None:
+    worker = hire(conn, store)
+    (job_id,) = add(conn, store)
+    claim(conn, store, worker)
+    store.request_cancel(conn, job_id, "no more")
+
+    store.finish(conn, [Ended(job_id, 1, "succeeded")])
+
+    assert job_of(conn, store, job_id).state == "succeeded"
+
+
+def test_a_ready_job_is_cancelled_at_once(conn, store) -> None:
+    job_id, other = add(conn, store, 2)
+
+    assert store.cancel_ready(conn, job_id, "no more")
+    assert not store.cancel_ready(conn, job_id, "no more")
+    assert not store.cancel_scheduled(conn, job_id, "no more")
+
+    assert ids_in(conn, "ready") == [other]
+    run = row(conn, "run")
+    assert (run["run"], run["started_at"], run["is_final"]) == (1, None, True)
+    assert (run["outcome"], run["error_type"], run["error"]) == (
+        "cancelled", "cancelled", "no more"
+    )  # fmt: skip
+
+
+def test_a_scheduled_job_is_cancelled_at_once(conn, store) -> None:
+    job_id, other = add(conn, store, 2, delay=SECOND)
+
+    assert store.cancel_scheduled(conn, job_id, "no more")
+    assert not store.cancel_scheduled(conn, job_id, "no more")
+
+    assert ids_in(conn, "scheduled") == [other]
+    job = job_of(conn, store, job_id)
+    assert (job.state, job.run, job.started_at, job.error) == ("cancelled", 1, None, "no more")
+
+
+def test_a_promotion_honours_a_request_to_cancel(conn, store) -> None:
+    job_id, other = add(conn, store, 2, delay=SECOND)
+    store.request_cancel(conn, job_id, "no more")
+    let_pass(conn, SECOND)
+
+    assert store.promote(conn, None, 10) == [(LANE, 1)]
+
+    assert ids_in(conn, "ready") == [other]
+    assert job_of(conn, store, job_id).state == "cancelled"
+
+
+def test_only_a_job_that_has_not_ended_can_be_asked_to_cancel(conn, store) -> None:
+    (job_id,) = add(conn, store)
+    store.cancel_ready(conn, job_id, "no more")
+
+    store.request_cancel(conn, job_id, "no more")
+    store.request_cancel(conn, str(uuid4()), "who?")
+
+    assert rows(conn, "cancel_request") == []
+    assert not store.ring_cancel(conn, job_id)
+
+
+def test_a_request_to_cancel_may_be_repeated(conn, store) -> None:
+    (job_id,) = add(conn, store)
+
+    store.request_cancel(conn, job_id, "first")
+    store.request_cancel(conn, job_id, "second")
+
+    assert row(conn, "cancel_request")["reason"] == "first"
+
+
+# Promote
+
+
+def test_jobs_become_ready_when_their_time_has_come(conn, store) -> None:
+    (soon,) = add(conn, store, delay=SECOND, priority=1)
+    (later,) = add(conn, store, delay=2 * SECOND, queue="mail")
+    assert store.promote(conn, None, 10) == []
+    assert store.next_due(conn) == SECOND
+
+    let_pass(conn, SECOND)
+
+    assert store.next_due(conn) == SECOND
+    assert store.promote(conn, None, 10) == [(Lane("default", 1), 1)]
+    assert ids_in(conn, "ready") == [soon]
+    assert ids_in(conn, "scheduled") == [later]
+    let_pass(conn, SECOND)
+    assert store.promote(conn, None, 10) == [(Lane("mail", 0), 1)]
+    assert store.next_due(conn) is None
+
+
+def test_a_promotion_takes_the_longest_due_first_and_no_more_than_asked(conn, store) -> None:
+    ids = [add(conn, store, delay=n * SECOND)[0] for n in (3, 1, 2)]
+    let_pass(conn, 5 * SECOND)
+
+    assert store.promote(conn, None, 2) == [(LANE, 2)]
+
+    assert ids_in(conn, "scheduled") == [ids[0]]
+
+
+def test_a_promotion_within_a_time_steps_over_what_was_due_before(conn, store) -> None:
+    (old,) = add(conn, store, delay=SECOND)
+    (new,) = add(conn, store, delay=20 * SECOND)
+    let_pass(conn, 25 * SECOND)
+
+    assert store.promote(conn, 10 * SECOND, 10) == [(LANE, 1)]
+    assert ids_in(conn, "ready") == [new]
+    assert store.promote(conn, None, 10) == [(LANE, 1)]
+    assert set(ids_in(conn, "ready")) == {old, new}
+
+
+def test_a_promoted_job_keeps_its_numbers(conn, store) -> None:
+    add(conn, store, delay=SECOND, priority=4, queue="mail")
+    conn.execute(text("update sqlqueue.scheduled set run = 7, failures = 5, crashes = 1"))
+    let_pass(conn, SECOND)
+    before = row(conn, "scheduled")
+
+    store.promote(conn, None, 10)
+
+    ready = row(conn, "ready")
+    del before["reason"]
+    assert {name: ready[name] for name in before} == before
+
+
+# Rescue
+
+
+def test_jobs_of_a_silent_worker_are_ready_again(conn, store) -> None:
+    dead, alive = hire(conn, store), hire(conn, store)
+    lost, kept = add(conn, store, 2)
+    claim(conn, store, dead, slots=1)
+    claim(conn, store, alive, slots=1)
+    seq = next(lease["seq"] for lease in rows(conn, "lease") if lease["worker_id"] == dead)
+    assert store.rescue(conn, 10) == []
+
+    silence(conn, dead, TTL + SECOND)
+    rescued = store.rescue(conn, 10)
+
+    assert [(one.job_id, one.run, one.outcome) for one in rescued] == [(lost, 1, "crashed")]
+    assert ids_in(conn, "lease") == [kept]
+    ready = row(conn, "ready")
+    assert (str(ready["job_id"]), ready["run"], ready["crashes"]) == (lost, 1, 1)
+    assert (ready["failures"], ready["seq"]) == (0, seq)
+    assert f"worker {dead} died" in row(conn, "run")["error"]
+    assert store.rescue(conn, 10) == []
+
+
+def test_a_worker_whose_end_was_seen_need_not_be_silent(conn, store) -> None:
+    dead, alive = hire(conn, store), hire(conn, store)
+    lost, kept = add(conn, store, 2)
+    claim(conn, store, dead, slots=1)
+    claim(conn, store, alive, slots=1)
+
+    assert [one.job_id for one in store.rescue(conn, 10, seen_dead=dead)] == [lost]
+    assert ids_in(conn, "lease") == [kept]
+
+
+def test_a_lease_of_a_worker_nobody_knows_is_rescued(conn, store) -> None:
+    gone = hire(conn, store)
+    (job_id,) = add(conn, store)
+    claim(conn, store, gone)
+    store.unregister(conn, gone)
+
+    assert [one.job_id for one in store.rescue(conn, 10)] == [job_id]
+    assert ids_in(conn, "ready") == [job_id]
+
+
+def test_a_rescue_takes_no_more_than_asked(conn, store) -> None:
+    first, second = hire(conn, store), hire(conn, store)
+    add(conn, store, 6)
+    claim(conn, store, first, slots=3)
+    claim(conn, store, second, slots=3)
+    silence(conn, first, 2 * TTL)
+    silence(conn, second, 2 * TTL)
+
+    assert [len(store.rescue(conn, 4)) for _ in range(3)] == [4, 2, 0]
+
+
+def test_a_job_that_crashes_too_often_fails_for_good(conn, store) -> None:
+    (job_id,) = add(conn, store, max_crashes=3)
+
+    for crashes in (1, 2, 3):
+        worker = hire(conn, store)
+        suspect = Lane("default", 0, is_suspect=True)
+        lane = suspect if crashes == 3 else LANE
+        assert claimed_ids(conn, store, worker, lane=lane) == [job_id]
+        store.rescue(conn, 10, seen_dead=worker)
+
+    job = job_of(conn, store, job_id)
+    assert (job.state, job.run, job.error_type) == ("failed", 3, "crashed")
+    assert [run["is_final"] for run in rows(conn, "run")] == [False, False, True]
+
+
+def test_a_rescue_honours_a_request_to_cancel(conn, store) -> None:
+    worker = hire(conn, store)
+    (job_id,) = add(conn, store)
+    claim(conn, store, worker)
+    store.request_cancel(conn, job_id, "no more")
+
+    store.rescue(conn, 10, seen_dead=worker)
+
+    assert job_of(conn, store, job_id).state == "cancelled"
+
+
+def test_a_worker_knows_what_it_holds(conn, store) -> None:
+    worker, other = hire(conn, store), hire(conn, store)
+    first, second = add(conn, store, 2)
+    claim(conn, store, worker, slots=1)
+    claim(conn, store, other, slots=1)
+
+    assert store.leases(conn, worker) == {(first, 1): False}
+    assert store.leases(conn, other) == {(second, 1): False}
+    assert store.held(conn, [(first, 1), (second, 1), (first, 2)]) == {first, second}
+
+
+def test_the_number_of_a_worker_is_never_used_again(conn, store) -> None:
+    first = hire(conn, store)
+    store.unregister(conn, first)
+
+    assert hire(conn, store) > first
+
+
+# Lanes
+
+
+@pytest.mark.parametrize("is_suspect", [False, True])
+@pytest.mark.parametrize("known", [set(), {0}, {-100, 100}])
+def test_every_lane_of_a_queue_is_found(conn, store, known, is_suspect) -> None:
+    present = {-100, -99, -1, 0, 1, 2, 7, 100}
+    for priority in present:
+        add(conn, store, priority=priority, queue="mail")
+    if is_suspect:
+        conn.execute(text("update sqlqueue.ready set crashes = 2"))
+    assert store.lanes(conn, "mail", known, not is_suspect) == []
+    assert store.lanes(conn, "post", known, is_suspect) == []
+
+    while found := store.lanes(conn, "mail", known, is_suspect):
+        assert all(lane == Lane("mail", lane.priority, is_suspect) for lane in found)
+        assert known.isdisjoint(lane.priority for lane in found)
+        known = known | {lane.priority for lane in found}
+
+    assert known >= present
+
+
+# The bell
+
+
+def bells(conn: Connection) -> dict[str, int]:
+    return {bell["queue"]: bell["worker_id"] for bell in rows(conn, "doorbell")}
+
+
+def test_a_queue_has_one_bell(conn, store) -> None:
+    store.arm(conn, ["mail", "post"], 1, SECOND)
+    store.arm(conn, ["mail", "default"], 2, 2 * SECOND)
+
+    assert len(rows(conn, "doorbell")) == 3
+    assert bells(conn) == {"mail": 1, "post": 1, "default": 2}
+
+
+def test_a_worker_that_arms_again_has_its_bell_for_longer(conn, store) -> None:
+    store.arm(conn, ["mail"], 1, SECOND)
+    before = row(conn, "doorbell")["rings_until"]
+
+    store.arm(conn, ["mail"], 1, 3 * SECOND)
+
+    assert row(conn, "doorbell")["rings_until"] == before + 2 * SECOND
+
+
+def test_the_bell_of_a_worker_that_has_gone_makes_room(conn, store) -> None:
+    store.arm(conn, ["mail"], 1, SECOND)
+    conn.execute(text("update sqlqueue.doorbell set rings_until = now()"))
+
+    store.arm(conn, ["mail"], 2, SECOND)
+
+    assert [bell["worker_id"] for bell in rows(conn, "doorbell")] == [1, 2]
+
+
+def test_a_worker_takes_only_its_own_bells_away(conn, store) -> None:
+    store.arm(conn, ["mail"], 1, SECOND)
+    store.arm(conn, ["post"], 2, SECOND)
+
+    store.disarm(conn, ["mail", "post"], 2)
+    assert bells(conn) == {"mail": 1}
+    store.disarm(conn, ["post"], 1)
+    assert bells(conn) == {"mail": 1}
+    store.disarm(conn, ["mail", "post"], 1)
+    assert bells(conn) == {}
+
+
+# Retry by an operator
+
+
+def end(conn: Connection, store: Store, outcome: str) -> str:
+    """Run a job that ends with an outcome, at its first run, having failed four times."""
+    (job_id,) = add(conn, store)
+    conn.execute(text("update sqlqueue.ready set failures = 4, crashes = 1"))
+    claim(conn, store, hire(conn, store))
+    store.finish(conn, [Ended(job_id, 1, outcome)])
+    return job_id
+
+
+@pytest.mark.parametrize("outcome", ["failed", "timed_out", "crashed", "cancelled", "expired"])
+def test_a_job_that_is_retried_starts_afresh_and_keeps_its_past(conn, store, outcome) -> None:
+    job_id = end(conn, store, outcome)
+
+    assert store.retry(conn, job_id)
+
+    ready = row(conn, "ready")
+    assert (ready["run"], ready["failures"], ready["crashes"]) == (1, 0, 0)
+    past = row(conn, "run")
+    assert (past["run"], past["outcome"], past["is_final"]) == (1, outcome, False)
+    (claimed,) = claim(conn, store, hire(conn, store))
+    assert claimed.run == 2
+    store.finish(conn, [Ended(job_id, 2, "succeeded")])
+    assert job_of(conn, store, job_id).state == "succeeded"
+
+
+def test_only_a_job_that_ended_without_success_is_retried(conn, store) -> None:
+    succeeded, failed = end(conn, store, "succeeded"), end(conn, store, "failed")
+    (ready,) = add(conn, store, queue="mail")
+
+    assert not store.retry(conn, succeeded)
+    assert not store.retry(conn, ready)
+    assert not store.retry(conn, str(uuid4()))
+    assert store.retry(conn, failed)
+    assert not store.retry(conn, failed)
+
+
+def test_a_job_cancelled_and_then_retried_is_not_cancelled_again(conn, store) -> None:
+    (job_id,) = add(conn, store)
+    store.request_cancel(conn, job_id, "no more")
+    store.cancel_ready(conn, job_id, "no more")
+
+    store.retry(conn, job_id)
+
+    worker = hire(conn, store)
+    claim(conn, store, worker)
+    assert store.leases(conn, worker) == {(job_id, 2): False}
+
+
+def test_a_retry_of_a_job_whose_row_was_dropped_changes_nothing(conn, store) -> None:
+    job_id = end(conn, store, "failed")
+    conn.execute(text("delete from sqlqueue.job"))
+
+    assert not store.retry(conn, job_id)
+
+    assert row(conn, "run")["is_final"]
+
+
+def test_a_job_knows_since_when_nobody_knew_its_task(conn, store) -> None:
+    worker = hire(conn, store)
+    (job_id,) = add(conn, store)
+    assert store.unknown_since(conn, job_id) == 0
+
+    for run in (1, 2):
+        claim(conn, store, worker)
+        store.finish(conn, [Ended(job_id, run, "snoozed", AT_ONCE, error_type="unknown_task")])
+        conn.execute(text("update sqlqueue.run set ended_at = ended_at - interval '1 minute'"))
+        store.promote(conn, None, 10)
+
+    assert store.unknown_since(conn, job_id) == 120
+
+
+# All of it
+
+
+def test_the_view_names_each_state(conn, store) -> None:
+    worker = hire(conn, store)
+    (scheduled,) = add(conn, store, delay=SECOND)
+    outcomes = ("succeeded", "failed", "timed_out", "crashed", "cancelled", "expired")
+    ended = dict(zip(outcomes, add(conn, store, len(outcomes)), strict=True))
+    claim(conn, store, worker)
+    store.finish(conn, [Ended(job_id, 1, outcome) for outcome, job_id in ended.items()])
+    (running,) = add(conn, store)
+    claim(conn, store, worker)
+    (ready,) = add(conn, store)
+
+    said = {str(job["id"]): (job["state"], job["reason"]) for job in rows(conn, "jobs")}
+
+    assert said == {
+        scheduled: ("scheduled", "delay"),
+        ready: ("ready", None),
+        running: ("running", None),
+        ended["succeeded"]: ("succeeded", None),
+        ended["failed"]: ("failed", "failed"),
+        ended["timed_out"]: ("failed", "timed_out"),
+        ended["crashed"]: ("failed", "crashed"),
+        ended["cancelled"]: ("cancelled", None),
+        ended["expired"]: ("expired", None),
+    }
+    live = {str(job["id"]): job["state"] for job in rows(conn, "live")}
+    assert live == {scheduled: "scheduled", ready: "ready", running: "running"}
+    assert store.job(conn, str(uuid4())) is None
+
+
+class Walk:
+    """Jobs on a random walk over the verbs of the store."""
+
+    def __init__(self, conn: Connection, store: Store, rng: random.Random) -> None:
+        self.conn, self.store, self.rng = conn, store, rng
+        self.jobs: list[str] = []
+        self.runs: list[tuple[str, int]] = []
+        self.worker = hire(conn, store)
+
+    def enqueue(self) -> None:
+        delay = self.rng.choice([None, SECOND])
+        self.jobs += add(self.conn, self.store, 2, delay=delay, max_crashes=3)
+
+    def claim(self) -> None:
+        for is_suspect in (False, True):
+            lane = Lane("default", 0, is_suspect)
+            found = claim(self.conn, self.store, self.worker, slots=2, lane=lane)
+            self.runs += [(one.job_id, one.run) for one in found]
+
+    def finish(self) -> None:
+        """End some runs, that may have ended long ago."""
+        again = ("failed", "timed_out", "crashed", "snoozed", "returned")
+        ended = (*again, "succeeded", "cancelled", "expired")
+        some = dict(self.rng.choices(self.runs, k=2)) if self.runs else {}
+        batch = []
+        for job_id, run in some.items():
+            goes_on = self.rng.random() < 0.5
+            outcome = self.rng.choice(again if goes_on else ended)
+            batch.append(Ended(job_id, run, outcome, SECOND if goes_on else None))
+        self.store.finish(self.conn, batch)
+
+    def promote(self) -> None:
+        let_pass(self.conn, SECOND)
+        self.store.promote(self.conn, None, 2)
+
+    def cancel(self) -> None:
+        if self.jobs:
+            job_id = self.rng.choice(self.jobs)
+            self.store.request_cancel(self.conn, job_id, "no more")
+            if self.rng.random() < 0.5:
+                self.store.cancel_scheduled(self.conn, job_id, "no more")
+                self.store.cancel_ready(self.conn, job_id, "no more")
+
+    def rescue(self) -> None:
+        silence(self.conn, self.worker, 2 * TTL)
+        self.store.rescue(self.conn, 2)
+        self.worker = hire(self.conn, self.store)
+
+    def retry(self) -> None:
+        if self.jobs:
+            self.store.retry(self.conn, self.rng.choice(self.jobs))
+
+    def drain(self) -> None:
+        """Run what is left until everything has ended."""
+        self.store.rescue(self.conn, 100, seen_dead=self.worker)
+        while any(rows(self.conn, table) for table in LIVE):
+            self.rescue()
+            self.promote()
+            self.claim()
+            latest = dict(self.runs)
+            self.store.finish(self.conn, [Ended(*run, "succeeded") for run in latest.items()])
+
+
+VERBS = ("enqueue", "claim", "finish", "promote", "cancel", "rescue", "retry")
+
+
+@settings(
+    max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(verbs=st.lists(st.sampled_from(VERBS), max_size=30), seed=st.integers(0, 2**32))
+def test_every_ended_job_has_one_final_run(conn, store, verbs, seed) -> None:
+    nested = conn.begin_nested()
+    walk = Walk(conn, store, random.Random(seed))
+    walk.enqueue()
+
+    for verb in verbs:
+        getattr(walk, verb)()
+        check_places(conn)
+    walk.drain()
+
+    check_places(conn)
+    finals = [str(run["job_id"]) for run in rows(conn, "run") if run["is_final"]]
+    assert sorted(finals) == sorted(walk.jobs)
+    nested.rollback()
+
+
+# Two sessions
+
+
+@pytest.fixture
+def sessions(engine: Engine) -> Iterator[tuple[Connection, Connection]]:
+    """Two sessions in which nobody waits for long; what they do not commit is undone."""
+    with ExitStack() as stack:
+        both = [stack.enter_context(engine.connect()) for _ in range(2)]
+        for one in both:
+            one.execute(text("set lock_timeout = '5s'"))
+            one.commit()
+        yield both[0], both[1]
+
+
+def never_waits(conn: Connection) -> None:
+    """Let whatever would wait fail instead."""
+    conn.execute(text("set local lock_timeout = '1ms'"))
+
+
+def prepare(engine: Engine, store: Store, jobs: int, **options: Any) -> tuple[int, list[str]]:
+    """Commit a worker and some jobs."""
+    with engine.begin() as conn:
+        return hire(conn, store), add(conn, store, jobs, **options)
+
+
+def wait_for_a_lock(engine: Engine, seconds: float = 10) -> None:
+    """Return when a session of this database waits for a lock."""
+    statement = (
+        "select count(*) from pg_stat_activity"
+        " where datname = current_database() and wait_event_type = 'Lock'"
+    )
+    deadline, pause = time.monotonic() + seconds, Event()
+    with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as conn:
+        while not conn.scalar(text(statement)):
+            assert time.monotonic() < deadline, "nobody came to wait for a lock"
+            pause.wait(0.01)
+
+
+def test_a_claim_steps_over_jobs_that_another_is_claiming(engine, sessions, store) -> None:
+    one, other = sessions
+    worker, ids = prepare(engine, store, 4)
+
+    assert claimed_ids(one, store, worker, slots=2) == ids[:2]
+    never_waits(other)
+    assert claimed_ids(other, store, worker, slots=10) == ids[2:]
+    one.rollback()
+    assert claimed_ids(other, store, worker, slots=10) == ids[:2]
+
+
+def test_a_finish_never_waits_and_says_what_is_held(engine, sessions, store) -> None:
+    one, other = sessions
+    worker, ids = prepare(engine, store, 2)
+    with engine.begin() as conn:
+        claim(conn, store, worker)
+
+    one.execute(text("select from sqlqueue.lease where job_id = :id for update"), {"id": ids[0]})
+    never_waits(other)
+
+    batch = [Ended(job_id, 1, "succeeded") for job_id in ids]
+    assert store.finish(other, batch) == {ids[1]}
+    assert store.held(other, [(job_id, 1) for job_id in ids]) == {ids[0]}
+    one.rollback()
+    assert store.finish(other, batch) == {ids[0]}
+    assert store.held(other, [(job_id, 1) for job_id in ids]) == set()
+
+
+def test_a_promotion_steps_over_jobs_that_another_is_promoting(engine, sessions, store) -> None:
+    one, other = sessions
+    prepare(engine, store, 3, delay=SECOND)
+    with engine.begin() as conn:
+        let_pass(conn, SECOND)
+
+    assert store.promote(one, None, 2) == [(LANE, 2)]
+    never_waits(other)
+    assert store.promote(other, None, 10) == [(LANE, 1)]
+    one.commit()
+    other.commit()
+
+    with engine.connect() as conn:
+        assert len(rows(conn, "ready")) == 3
+
+
+def test_a_rescue_steps_over_what_its_dead_worker_is_finishing(engine, sessions, store) -> None:
+    one, other = sessions
+    worker, (job_id,) = prepare(engine, store, 1)
+    with engine.begin() as conn:
+        claim(conn, store, worker)
+
+    assert store.finish(one, [Ended(job_id, 1, "succeeded")]) == {job_id}
+    never_waits(other)
+    assert store.rescue(other, 10, seen_dead=worker) == []
+    other.commit()
+    one.commit()
+
+    assert store.rescue(other, 10) == []
+    assert job_of(other, store, job_id).state == "succeeded"
+    check_places(other)
+
+
+def test_a_run_that_is_being_rescued_cannot_be_finished(engine, sessions, store) -> None:
+    one, other = sessions
+    worker, (job_id,) = prepare(engine, store, 1)
+    with engine.begin() as conn:
+        claim(conn, store, worker)
+
+    assert [ended.job_id for ended in store.rescue(one, 10, seen_dead=worker)] == [job_id]
+    never_waits(other)
+    assert store.finish(other, [Ended(job_id, 1, "succeeded")]) == set()
+    assert store.held(other, [(job_id, 1)]) == {job_id}  # to be tried again
+    one.commit()
+
+    assert store.finish(other, [Ended(job_id, 1, "succeeded")]) == set()
+    assert store.held(other, [(job_id, 1)]) == set()
+    assert ids_in(other, "ready") == [job_id]
+    check_places(other)
+
+
+def test_two_rescues_share_what_is_to_be_rescued(engine, sessions, store) -> None:
+    one, other = sessions
+    worker, ids = prepare(engine, store, 3)
+    with engine.begin() as conn:
+        claim(conn, store, worker)
+        store.rescue(conn, 0, seen_dead=worker)
+
+    first = store.rescue(one, 2)
+    never_waits(other)
+    second = store.rescue(other, 10)
+
+    assert len(first) == 2
+    assert sorted(ended.job_id for ended in first + second) == sorted(ids)
+
+
+def test_two_retries_of_a_job_make_it_ready_once(engine, sessions, store) -> None:
+    one, other = sessions
+    with engine.begin() as conn:
+        job_id = end(conn, store, "failed")
+
+    assert store.retry(one, job_id)
+    with ThreadPoolExecutor(1) as thread:
+        again = thread.submit(store.retry, other, job_id)
+        wait_for_a_lock(engine)
+        one.commit()
+        assert again.result(timeout=10) is False
+
+    assert ids_in(other, "ready") == [job_id]
+
+
+def test_workers_that_arm_at_once_hang_a_bell(engine, sessions, store) -> None:
+    one, other = sessions
+
+    store.arm(one, ["default"], 1, SECOND)
+    never_waits(other)
+    store.arm(other, ["default"], 2, SECOND)
+    one.rollback()
+    other.commit()
+
+    assert bells(other) == {"default": 2}
+
+
+def cancel_while(engine: Engine, queue: Queue, job_id: str, moves: Connection) -> bool:
+    """Cancel a job of which a move is not committed yet; commit that when the cancel waits."""
+    with ThreadPoolExecutor(1) as thread:
+        cancelling = thread.submit(Job(queue, job_id).cancel)
+        wait_for_a_lock(engine)
+        moves.commit()
+        return cancelling.result(timeout=10)
+
+
+def test_a_cancel_that_races_a_claim_is_not_lost(engine, sessions, store, queue) -> None:
+    one, other = sessions
+    worker, (job_id,) = prepare(engine, store, 1)
+    claim(one, store, worker)
+
+    assert cancel_while(engine, queue, job_id, one)
+
+    assert store.leases(other, worker) == {(job_id, 1): True}
+    store.finish(other, [Ended(job_id, 1, "failed", SECOND)])
+    assert job_of(other, store, job_id).state == "cancelled"
+
+
+def test_a_cancel_that_races_a_promotion_is_not_lost(engine, sessions, store, queue) -> None:
+    one, other = sessions
+    _, (job_id,) = prepare(engine, store, 1, delay=SECOND)
+    with engine.begin() as conn:
+        let_pass(conn, SECOND)
+    store.promote(one, None, 10)
+
+    assert cancel_while(engine, queue, job_id, one)
+
+    assert job_of(other, store, job_id).state == "cancelled"
+
+
+@pytest.mark.parametrize("outcome", ["returned", "failed"])
+def test_a_cancel_that_races_the_end_of_a_run_is_not_lost(
+    engine, sessions, store, queue, outcome
+) -> None:
+    one, _ = sessions
+    ran = Event()
+    queue.task(name="greet")(lambda: ran.set())
+    worker, (job_id,) = prepare(engine, store, 1)
+    with engine.begin() as conn:
+        claim(conn, store, worker)
+
+    store.finish(one, [Ended(job_id, 1, outcome, AT_ONCE)])  # sees no request
+    assert Job(queue, job_id).cancel()  # sees the lease
+    one.commit()
+
+    with queue.worker("default", drain=True) as worker:
+        assert worker.join(timeout=30)
+    assert Job(queue, job_id).state == "cancelled"
+    assert not ran.is_set()
+
+
+# Retention, in a database of its own
+
+
+@pytest.fixture
+def old(create_database: Callable[[], str]) -> Iterator[Engine]:
+    """A database that keeps history for a year, with partitions for it."""
+    engine = create_engine(create_database())
+    migrate(engine)
+    with engine.begin() as conn:
+        conn.execute(text("update sqlqueue.setting set retention = interval '1 year'"))
+        Store().tidy(conn)
+    yield engine
+    engine.dispose()
+
+
+def id_at(conn: Connection, ago: timedelta) -> str:
+    """A new id as it would have been made some time ago."""
+    low = conn.scalar(text("select sqlqueue.uuid_at(now() - :ago)"), {"ago": ago})
+    return str(low)[:-12] + uuid4().hex[-12:]
+
+
+def add_at(conn: Connection, store: Store, ago: timedelta, **options: Any) -> str:
+    """Enqueue a job with an id of some time ago."""
+    job_id = id_at(conn, ago)
+    store.enqueue(conn, [job_id], ["{}"], "greet", Options(**options).params)
+    return job_id
+
+
+def forget(conn: Connection, store: Store, days: int) -> list[str]:
+    """Shorten the retention and tidy; return what tidy said."""
+    statement = "update sqlqueue.setting set retention = make_interval(days => :days)"
+    conn.execute(text(statement), {"days": days})
+    return store.tidy(conn)
+
+
+def days_of(conn: Connection, parent: str) -> list[Any]:
+    """The Mondays that the partitions begin at."""
+    statement = (
+        "select to_date(right(relname, 8), 'YYYYMMDD') from pg_inherits join pg_class"
+        " on oid = inhrelid where inhparent = cast(:parent as regclass) and relname ~ '[0-9]{8}$'"
+        " order by 1"
+    )
+    return list(conn.scalars(text(statement), {"parent": f"sqlqueue.{parent}"}))
+
+
+WEEK = timedelta(weeks=1)
+
+
+@pytest.mark.parametrize("parent", ["job", "run"])
+def test_partitions_are_there_eight_weeks_ahead(old, store, parent) -> None:
+    with old.connect() as conn:
+        days = days_of(conn, parent)
+        today = conn.scalar(text("select cast(now() at time zone 'UTC' as date)"))
+
+    assert all(day.weekday() == 0 for day in days)
+    assert [b - a for a, b in pairwise(days)] == [WEEK] * (len(days) - 1)
+    assert days[-1] >= today + 7 * WEEK
+    assert days[0] <= today - (timedelta(days=365) if parent == "job" else WEEK)
+
+
+def test_history_older_than_the_retention_is_dropped(old, store) -> None:
+    with old.begin() as conn:
+        kept, dropped = (add_at(conn, store, timedelta(days=days)) for days in (20, 60))
+        claim(conn, store, hire(conn, store))
+        store.finish(conn, [Ended(job_id, 1, "succeeded") for job_id in (kept, dropped)])
+        conn.execute(
+            text(
+                "select sqlqueue.keep_partition('run', 'run_20200106', '2020-01-06', '2020-01-13')"
+            )
+        )
+        conn.execute(
+            text("update sqlqueue.run set ended_at = '2020-01-07' where job_id = :id"),
+            {"id": dropped},
+        )
+
+    with old.begin() as conn:
+        said = forget(conn, store, days=30)
+        assert "dropped run_20200106" in said
+        assert len(said) > 40
+        assert all(line.startswith("dropped ") for line in said)
+        assert [str(job["id"]) for job in rows(conn, "job")] == [kept]
+        assert ids_in(conn, "run") == [kept]
+        assert store.job(conn, dropped) is None
+        assert store.tidy(conn) == []
+
+
+def test_retention_never_drops_a_live_job(old, store) -> None:
+    long_ago = timedelta(days=60)
+    with old.begin() as conn:
+        worker = hire(conn, store)
+        leased = add_at(conn, store, long_ago, queue="leased")
+        ended = add_at(conn, store, long_ago, queue="leased")
+        claim(conn, store, worker, lane=Lane("leased", 0))
+        store.finish(conn, [Ended(ended, 1, "succeeded")])
+        ready = add_at(conn, store, long_ago)
+        scheduled = add_at(conn, store, long_ago, delay=SECOND)
+        live = {leased, ready, scheduled}
+
+    with old.begin() as conn:
+        assert forget(conn, store, days=30)
+        assert {str(job["id"]) for job in rows(conn, "job")} == live
+        assert store.tidy(conn) == []
+        assert {str(job["id"]) for job in rows(conn, "job")} == live
+
+    with old.begin() as conn:
+        let_pass(conn, SECOND)
+        store.promote(conn, None, 10)
+        claimed = claim(conn, store, worker)
+        assert {(one.job_id, one.task) for one in claimed} == {
+            (ready, "greet"), (scheduled, "greet")
+        }  # fmt: skip
+        assert store.finish(conn, [Ended(one, 1, "succeeded") for one in live]) == live
+        assert all(job_of(conn, store, one).state == "succeeded" for one in live)
+        store.tidy(conn)
+        assert rows(conn, "job") == []
+
+
+def test_a_partition_in_use_is_dropped_another_time(old, store) -> None:
+    with old.begin() as conn:
+        live = add_at(conn, store, timedelta(days=60))
+
+    with old.connect() as reader, old.begin() as conn:
+        reader.execute(text("select count(*) from sqlqueue.job"))
+        said = forget(conn, store, days=30)
+        assert said
+        assert all(line.startswith("postponed job_") for line in said if "job_" in line)
+        reader.rollback()
+        assert any(line.startswith("dropped job_") for line in store.tidy(conn))
+        assert job_of(conn, store, live).state == "ready"
+
+
+def test_a_partition_with_many_live_jobs_is_kept(old, store) -> None:
+    with old.begin() as conn:
+        ids = [id_at(conn, timedelta(days=60)) for _ in range(2)]
+        ids = [f"{ids[0][:24]}{n:012x}" for n in range(10_001)]
+        store.enqueue(conn, ids, ["{}"] * len(ids), "greet", Options().params)
+
+    with old.begin() as conn:
+        postponed = [line for line in forget(conn, store, days=30) if "postponed" in line]
+        assert len(postponed) == 1
+        assert "10001 live jobs" in postponed[0]
+        assert conn.scalar(text("select count(*) from sqlqueue.job")) == 10_001
+        assert conn.scalar(text("select count(*) from sqlqueue.job_default")) == 0
+
+
+def test_a_job_that_strayed_is_moved_when_its_partition_is_made(old, store) -> None:
+    with old.begin() as conn:
+        monday = days_of(conn, "job")[-9]  # this week
+        conn.execute(text(f"drop table sqlqueue.job_{monday:%Y%m%d}"))
+        (job_id,) = add(conn, store)
+        assert [str(job["id"]) for job in rows(conn, "job_default")] == [job_id]
+
+    with old.begin() as conn:
+        assert store.tidy(conn) == []
+        assert rows(conn, "job_default") == []
+        assert [str(job["id"]) for job in rows(conn, f"job_{monday:%Y%m%d}")] == [job_id]
+        assert claimed_ids(conn, store, hire(conn, store)) == [job_id]
+
+
+def test_what_is_left_over_is_removed(conn, store) -> None:
+    worker = hire(conn, store)
+    live, ended = add(conn, store, 2)
+    for job_id in (live, ended):
+        store.request_cancel(conn, job_id, "no more")
+    conn.execute(text("update sqlqueue.cancel_request set requested_at = now() - interval '1 h'"))
+    store.cancel_ready(conn, ended, "no more")
+    store.arm(conn, ["mail"], worker, SECOND)
+    conn.execute(text("update sqlqueue.doorbell set rings_until = now() - interval '1 h'"))
+    store.arm(conn, ["mail"], worker, SECOND)
+    buried = hire(conn, store)
+    store.rescue(conn, 10, seen_dead=buried)
+    conn.execute(text("update sqlqueue.worker set died_at = died_at - interval '2 days'"))
+    buried_lately = hire(conn, store)
+    store.rescue(conn, 10, seen_dead=buried_lately)
+
+    store.tidy(conn)
+
+    assert ids_in(conn, "cancel_request") == [live]
+    assert len(rows(conn, "doorbell")) == 1
+    assert [one["id"] for one in rows(conn, "worker")] == [worker, buried_lately]
