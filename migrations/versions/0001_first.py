@@ -184,7 +184,7 @@ comment on column sqlqueue.lease.seq
 comment on column sqlqueue.lease.worker_id
     is 'the worker that holds it';
 comment on column sqlqueue.lease.claimed_at
-    is 'start of the transaction that claimed it';
+    is 'when the statement that claimed it began';
 
 create table sqlqueue.run (
     job_id uuid not null,
@@ -213,7 +213,7 @@ comment on column sqlqueue.run.job_id
 comment on column sqlqueue.run.run
     is '1 for the first; with the job its identity and its fence';
 comment on column sqlqueue.run.ended_at
-    is 'start of the transaction that ended it';
+    is 'when the statement, or the transaction, that ended it began';
 comment on column sqlqueue.run.started_at
     is 'when it was claimed; null: ended without a run';
 comment on column sqlqueue.run.due_at

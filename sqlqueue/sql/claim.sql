@@ -33,7 +33,9 @@ leased as (
     insert into sqlqueue.lease (
         job_id, due_at, run, failures, crashes, priority, queue, seq, worker_id, claimed_at
     )
-    select job_id, due_at, run, failures, crashes, priority, queue, seq, :worker, now()
+    select
+        job_id, due_at, run, failures, crashes, priority, queue, seq, :worker,
+        statement_timestamp()  -- now() may be older than what this statement sees
     from picked
 )
 select
@@ -55,7 +57,7 @@ select
     exists (
         select from sqlqueue.cancel_request where cancel_request.job_id = picked.job_id
     ) as is_cancelled,
-    cast(extract(epoch from now()) as double precision) as claimed_at
+    cast(extract(epoch from statement_timestamp()) as double precision) as claimed_at
 from picked
 left join sqlqueue.job on job.id = picked.job_id
 order by picked.seq

@@ -48,7 +48,7 @@ recorded as (
         outcome, result, error_type, error, traceback
     )
     select
-        job_id, run, now(), claimed_at, due_at, worker_id, ran, failures + 1, crashes_now,
+        job_id, run, statement_timestamp(), claimed_at, due_at, worker_id, ran, failures + 1, crashes_now,
         wait is null, outcome, result, error_type, error, traceback
     from counted
 ),
