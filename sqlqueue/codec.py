@@ -8,8 +8,8 @@ How values are stored: Decimal, UUID, date, datetime (with its offset, not its z
 Path as text, bytes as base64, timedelta as a number of seconds, an Enum as its value, sets as
 sorted lists, dataclasses as objects of what their constructors take, pydantic and msgspec models
 as they dump themselves. Without an annotation only str, int, float, bool, None, list and dict are
-taken; a tuple is not. jsonb changes two things: a float from 1e16 up comes back as an int unless
-it is annotated as float, and -0.0 comes back as 0.0.
+taken; a tuple is not. jsonb changes three things: a float from 1e16 up comes back as an int unless
+it is annotated as float, -0.0 comes back as 0.0, and the keys of objects change their order.
 """
 
 import inspect

@@ -100,10 +100,10 @@ class Sweeps:
         """Say whether it is time."""
         return now >= self._next
 
+    def wait(self, now: float) -> float:
+        """Return the seconds until it is."""
+        return max(0.0, self._next - now)
+
     def took(self, seconds: float, now: float) -> None:
         """Take note of a sweep that has just ended."""
         self._next = now + max(self._interval, 20 * seconds)
-
-    def wanted(self) -> None:
-        """Have the next one at once."""
-        self._next = 0.0

@@ -51,8 +51,10 @@ class Child:
             self._current = run
             if run.interrupted:
                 return run.stopped()
-        run.started = monotonic()
         try:
+            if self._runs == 0:
+                self._pipe.recv()  # it has started
+            run.started = monotonic()
             self._pipe.send((_address(run.registered), run.row._asdict(), run.claimed))
             ended, rss = self._pipe.recv()
         except (EOFError, OSError):
@@ -140,6 +142,7 @@ def _serve(pipe: "Connection[Any, Any]") -> None:
     os.setpgid(0, 0)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     die_with_parent()
+    pipe.send(None)
     while True:
         try:
             (module, name), row, claimed = pipe.recv()

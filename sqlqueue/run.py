@@ -55,12 +55,18 @@ class Run:
     handle: Any = None
 
     def __init__(
-        self, row: Any, task: "Task[..., Any] | None", store: Store, claimed: float
+        self,
+        row: Any,
+        task: "Task[..., Any] | None",
+        store: Store,
+        claimed: float,
+        patience: timedelta | None = None,
     ) -> None:
         self.row = row
         self.key: tuple[str, int] = (row.job_id, row.run)
         self.registered: Task[..., Any] = task  # type: ignore[assignment]  # None never runs
         self.claimed = claimed
+        self._patience = patience
         self._store = store
 
     @property
@@ -129,7 +135,7 @@ class Run:
 
         def work(conn: Executes) -> None:
             try:
-                finished = self._store.finish(conn, [ended])
+                finished = self._store.finish(conn, [ended], self._patience)
             except (DBAPIError, psycopg.errors.SerializationFailure) as error:
                 if sqlstate(error) != "40001":
                     raise

@@ -58,7 +58,7 @@ class Runs:
         batches: dict[str, list[Run]] = {}
         for row in rows:
             task = self._queue.tasks[row.task]
-            run = Run(row, task, self._queue.store, now)
+            run = Run(row, task, self._queue.store, now, self._options.ttl * 2 / 3)
             self.held[run.key] = run
             if row.is_expired:
                 self.done(run, Ended(*run.key, "expired", error_type="expired"))
@@ -121,9 +121,10 @@ class Runs:
 
     def interrupt(self, run: Run, why: str) -> None:
         """Ask a run to stop because it was cancelled, timed_out or returned."""
-        if run.interrupted is None:
-            run.interrupted_at = monotonic()
-            run.interrupted = why
+        if run.interrupted:
+            return  # told once: again, and its cleaning up would be cancelled too
+        run.interrupted_at = monotonic()
+        run.interrupted = why
         if run.executor is not None:
             run.executor.interrupt(run)
         self._must_check = True

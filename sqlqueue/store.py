@@ -117,9 +117,14 @@ class Store:
         params = {"floor": floor, "slots": slots, "worker": worker, **lane._asdict()}
         return self._rows(conn, "claim", params)
 
-    def finish(self, conn: Executes, ended: Sequence[Ended]) -> set[str]:
-        """End runs of different jobs; return the ids of those that held their lease."""
-        params = {
+    def finish(
+        self, conn: Executes, ended: Sequence[Ended], patience: timedelta | None = None
+    ) -> set[str]:
+        """End runs of different jobs; return the ids of those that held their lease.
+
+        The transaction may then be silent for `patience`, or for less if it was set so.
+        """
+        params: dict[str, Any] = {
             "job_ids": "{" + ",".join([one.job_id for one in ended]) + "}",
             "runs": "{" + ",".join([str(one.run) for one in ended]) + "}",
             "outcomes": "{" + ",".join([one.outcome for one in ended]) + "}",
@@ -130,7 +135,8 @@ class Store:
             "errors": array([one.error for one in ended]),
             "tracebacks": array([one.traceback for one in ended]),
         }
-        are_all, some = self._rows(conn, "finish", params)[0]
+        params["patience"] = patience and patience // timedelta(milliseconds=1)
+        are_all, some, _ = self._rows(conn, "finish", params)[0]
         return {one.job_id for one in ended} if are_all else set(some or ())
 
     def held(self, conn: Executes, runs: Iterable[tuple[str, int]]) -> set[str]:

@@ -380,7 +380,9 @@ class Worker:
         if self._unsettled or self._is_fenced:
             return 0.005
         can_claim = self._stop_by is None and self._room() > 0
-        wait = self._bell.pause() if can_claim else self.options.poll.total_seconds()
+        wait = self.options.poll.total_seconds()
+        if can_claim:
+            wait = min(self._bell.pause(), self._sweeps.wait(monotonic()))
         return max(0.0, min(wait, min(self.runs.next_check, self._stop_by or NEVER) - monotonic()))
 
     def _stray(self, conn: Executes, row: Any) -> tuple[Run, Ended]:

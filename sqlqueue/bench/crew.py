@@ -166,13 +166,15 @@ class Bare:
 
     def turn(self, ended: Sequence[Any]) -> list[Any]:
         """Finish some jobs and claim others, in one transaction."""
-        with self.conn.transaction():
-            self._rows("begin", {"patience": "60000ms"})
-            if ended:
-                self._finish(ended)
-            lane = {"queue": self._queue, "priority": 0, "is_suspect": False}
-            own = {"floor": self._floor, "slots": BATCH, "worker": self._worker}
-            rows = self._rows("claim", {**lane, **own})
+        # A client-side cursor sends two statements in one round trip.
+        begin = "begin;" + statement("begin", "sqlqueue")
+        psycopg.ClientCursor(self.conn).execute(begin, {"patience": "60000ms"})
+        if ended:
+            self._finish(ended)
+        lane = {"queue": self._queue, "priority": 0, "is_suspect": False}
+        own = {"floor": self._floor, "slots": BATCH, "worker": self._worker}
+        rows = self._rows("claim", {**lane, **own})
+        self.conn.commit()
         self._floor = rows[-1][2] if rows else self._floor
         return rows
 

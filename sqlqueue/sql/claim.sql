@@ -53,7 +53,7 @@ select
     job.executor,
     job.keep,
     cast(job.headers as text) as headers,
-    job.expires_at <= now() as is_expired,
+    picked.run = 1 and job.expires_at <= now() as is_expired,
     exists (
         select from sqlqueue.cancel_request where cancel_request.job_id = picked.job_id
     ) as is_cancelled,

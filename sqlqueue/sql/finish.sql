@@ -6,8 +6,8 @@
 -- caller  Worker, once per turn; Run.finish, in the transaction of the task; rescue
 --
 -- A run is ended if its lease is still there, with its number; of the others nothing is recorded,
--- and if there are such, the jobs of those that were ended come back. :waits says when the job runs again, null that it has ended. A
--- job that somebody asked to cancel does not run again.
+-- and if there are such, the jobs of those that were ended come back. :waits says when the job
+-- runs again, null that it has ended. A job that somebody asked to cancel does not run again.
 with held as materialized (
     select
         lease.ctid as place, lease.job_id, lease.due_at, lease.run, lease.failures,
@@ -48,8 +48,8 @@ recorded as (
         outcome, result, error_type, error, traceback
     )
     select
-        job_id, run, statement_timestamp(), claimed_at, due_at, worker_id, ran, failures + 1, crashes_now,
-        wait is null, outcome, result, error_type, error, traceback
+        job_id, run, statement_timestamp(), claimed_at, due_at, worker_id, ran, failures + 1,
+        crashes_now, wait is null, outcome, result, error_type, error, traceback
     from counted
 ),
 back as (
@@ -73,5 +73,14 @@ select
     count(*) = cardinality(cast(:runs as integer[])) as are_all,
     case when count(*) < cardinality(cast(:runs as integer[])) then
         array_agg(cast(job_id as text))
-    end as some
+    end as some,
+    case when cast(:patience as integer) is not null then
+        -- a process that stalls before its commit would hide the lease from rescue for ever
+        set_config('idle_in_transaction_session_timeout', cast(least(
+            cast(:patience as integer),
+            nullif(cast(extract(epoch from cast(
+                current_setting('idle_in_transaction_session_timeout') as interval
+            )) * 1000 as integer), 0)
+        ) as text), true)
+    end as silence
 from counted
