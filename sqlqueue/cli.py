@@ -226,17 +226,16 @@ def bench(ctx: click.Context, quick: bool) -> None:
 @option("--lock-timeout", type=duration, default=seconds(LOCK_TIMEOUT), help="Then give up.")
 @yes_option
 @json_option
-@click.pass_context
+@click.pass_obj
 def migrate(
     ctx: click.Context, /, action: str, revision: str | None, sql: bool, **given: Any
 ) -> None:
     """Bring the schema to a revision.
 
     Up to the newest, or down to nothing, unless REVISION says otherwise; with --sql it is
-    FROM:TO. Going down drops jobs, so it asks. `status` exits 4 unless the schema is what this
-    release needs.
+    FROM:TO. Going down drops jobs, so it asks. `status` exits 4 if this release cannot work on
+    the schema.
     """
-    control: Control = ctx.obj
     is_down, schema, lock_timeout = action == "down", control.schema.value, given["lock_timeout"]
     if revision and not REVISION.fullmatch(revision):
         raise click.UsageError(f"{revision} is no revision such as 0001, base or head")
@@ -258,7 +257,8 @@ def migrate(
         move_to(engine, schema, revision, lock_timeout=lock_timeout)
     row = {"schema": schema, "revision": current(engine, schema), "head": head()}
     control.write(row, [row])
-    ctx.exit(SCHEMA if action == "status" and row["revision"] != row["head"] else 0)
+    if action == "status":
+        check(engine, schema)
 
 
 @main.command()

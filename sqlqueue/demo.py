@@ -211,9 +211,9 @@ def _supervise(url: str, log: Path) -> None:
 LIVE = "select coalesce(reason, state), count(*) from sqlqueue.live group by 1 order by 1"
 ALIVE = "select pid from sqlqueue.worker where died_at is null order by pid"
 BUSIEST = """
-select worker.id, worker.pid, count(*) as held, clock_timestamp() as seen_at
+select worker.id, worker.pid, clock_timestamp() as seen_at
 from sqlqueue.worker join sqlqueue.lease on lease.worker_id = worker.id
-group by worker.id having count(*) >= 5 order by held desc limit 1
+group by worker.id having count(*) >= 5 order by count(*) desc limit 1
 """
 HANDED_BACK = """
 select count(*) as crashed, max(ended_at) - :seen_at as later
@@ -262,13 +262,11 @@ class _Show:
         if busiest is None:
             return
         os.kill(busiest.pid, signal.SIGKILL)
-        self.say(f"[red]kill -9 {busiest.pid}[/]: a worker dies with {busiest.held} jobs in hand")
+        self.say(f"[red]kill -9 {busiest.pid}[/]: a worker dies in the middle of its jobs")
         while not (back := self._conn.execute(text(HANDED_BACK), busiest._asdict()).first()):
             time.sleep(0.005)
         self._has_killed = back.crashed > 0
-        self.say(
-            f"{_shown(back.later)} later, the {back.crashed} not finished are ready for others"
-        )
+        self.say(f"{_shown(back.later)} later, {back.crashed} unfinished jobs are ready for others")
 
 
 def _enqueue(documents: Mapping[str, Path], show: _Show) -> None:

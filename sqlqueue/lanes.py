@@ -3,6 +3,7 @@
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from sqlqueue.options import check_name
 from sqlqueue.store import Lane
@@ -25,13 +26,17 @@ class Floor:
     marked: int = 0
     marked_at: float = 0
 
-    def see(self, seq: int, now: float) -> None:
-        """Take note of a claimed row."""
-        self.seen = max(self.seen, seq)
-        self.rise(now)
+    def see(self, rows: Sequence[Any], now: float) -> None:
+        """Take note of claimed rows, in order of seq; there may be none.
 
-    def rise(self, now: float) -> None:
-        """Let the floor follow what was seen at least TRAIL ago."""
+        The floor follows what was seen at least TRAIL ago. Where a sweep found rows below it,
+        there may be more, such as the jobs of a worker that died: it begins again there.
+        """
+        if rows and rows[0].seq <= self.value:
+            self.value = self.marked = rows[0].seq - 1
+            self.seen, self.marked_at = rows[-1].seq, now
+        elif rows:
+            self.seen = max(self.seen, rows[-1].seq)
         if now - self.marked_at >= TRAIL:
             self.value, self.marked, self.marked_at = self.marked, self.seen, now
 

@@ -30,6 +30,7 @@ from sqlqueue.queue import Queue
 from sqlqueue.store import Store
 
 Row = dict[str, Any]
+WIDE = 1000  # columns
 GUESSES = ("tasks", "app", "main")  # modules looked for in the current folder
 
 # Jobs that fit, newest first: ids are uuid v7, so their order is that of enqueuing.
@@ -149,7 +150,7 @@ def as_table(rows: Sequence[Row]) -> Table:
     table = Table(box=None, pad_edge=False)
     names = [name for name in rows[0] if any(row[name] is not None for row in rows)] if rows else []
     for name in names:
-        table.add_column(name, overflow="fold", no_wrap=name == "id")
+        table.add_column(name, overflow="fold", no_wrap=name != "value")
     for row in rows:
         cells = [_cell(row[name]).splitlines() for name in names]
         table.add_row(*(Text("\n".join(map(_escaped, lines))) for lines in cells))
@@ -357,6 +358,8 @@ class Control:
         if "json" in self.given:
             click.echo(as_json(document))
         elif sys.stdout.isatty():
-            Console().print(as_table(rows))
+            # A terminal wraps long lines better than columns, but for those of a long value.
+            is_list = not rows or "value" not in rows[0]
+            Console(width=WIDE if is_list else None).print(as_table(rows))
         else:
             click.echo("".join(f"{line}\n" for line in as_lines(rows)), nl=False)

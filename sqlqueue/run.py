@@ -51,6 +51,7 @@ class Run:
     is_over = False
     has_finished = False
     started: float | None = None
+    ran: float | None = None
     executor: Any = None
     handle: Any = None
 
@@ -142,6 +143,7 @@ class Run:
                 raise LeaseLost(self.job_id, self.number) from error
             if not finished:
                 raise LeaseLost(self.job_id, self.number)
+            self.ran = ended.ran
 
         return work
 

@@ -291,6 +291,7 @@ class Worker:
                 continue
             self.runs.held.pop(run.key, None)
             if one is None:
+                rans.append(run.ran or 0)
                 log.debug("job %s: run %d finished its job itself", *run.key)
             elif run.key[0] not in finished:
                 log.warning("job %s: run %d lost its lease; its outcome was dropped", *run.key)
@@ -344,7 +345,7 @@ class Worker:
             floor = self.lanes.floors[lane]
             low = 0 if sweeps or probes else floor.value
             found = self.queue.store.claim(conn, lane, low, want - len(rows), self.id)
-            floor.see(found[-1].seq if found else 0, began)
+            floor.see(found, began)
             rows += found
             if len(rows) == want:
                 break

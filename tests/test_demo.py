@@ -6,15 +6,20 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
-from sqlalchemy import Connection, create_engine, text
+from sqlalchemy import Connection, Engine, create_engine, text
+from sqlalchemy.orm import Session
 
-from sqlqueue import demo, migrate
-from tests.harness import ROOT, wait_until
+from sqlqueue import Queue, Task, demo, migrate
+from sqlqueue.store import Lane
+from sqlqueue.store import Worker as Registration
+from tests.harness import ROOT, rows, wait_until
 
 PROGRAM = "import sys; from pathlib import Path; from sqlqueue.demo import demo; "
 PROGRAM += "sys.exit(demo(Path(sys.argv[1])))"
@@ -131,8 +136,8 @@ def library_url(create_database, tmp_path_factory) -> str:
         for number, path in enumerate(sorted(folder.iterdir())):
             demo._add(conn, number, path.name, path)
         demo.recount.using(conn).enqueue(0, str(folder / "7.txt"))
-    with queue.worker("default", slots=1, drain=True) as worker:
-        assert worker.stopped.wait(20)
+    with queue.worker("default", slots=1):
+        wait_until(lambda: rows(queue.engine, "select 1 from sqlqueue.live") == [], within=20)
     queue.engine.dispose()
     return url
 
@@ -162,3 +167,44 @@ def test_a_double_effect_shows_in_the_totals_of_the_demo(library: Connection) ->
     library.execute(text("insert into library.word select * from library.word limit 1"))
     assert list(demo._compared(library, paths).values()) == [False, False, True]
     assert list(demo._compared(library, paths[:1]).values())[2] is False
+
+
+@pytest.fixture
+def slow(queue: Queue) -> Task[[], None]:
+    """A task that finishes its job itself, after 50 ms."""
+
+    @queue.task(transactional=True, name="slow")
+    def slow(session: Session) -> None:
+        threading.Event().wait(0.05)
+
+    return slow
+
+
+def test_quick_jobs_do_not_make_a_worker_claim_slow_transactional_ones_far_ahead(
+    queue: Queue, engine: Engine, slow: Task[[], None]
+) -> None:
+    quick = queue.task(name="quick")(lambda: None)
+    for calls in ([slow.s() for _ in range(6)], [quick.s()], [slow.s() for _ in range(40)]):
+        queue.enqueue_many(calls)
+    with queue.worker("default", slots=2, drain=True) as worker:
+        worker.stopped.wait(20)
+
+    ended = rows(engine, "select outcome, count(*) from sqlqueue.runs group by outcome")
+    assert ended == [("succeeded", 47)]
+
+
+def test_jobs_handed_back_below_the_floor_are_run_as_fast_as_others(
+    queue: Queue, engine: Engine, slow: Task[[], None]
+) -> None:
+    with engine.begin() as conn:
+        about = Registration(timedelta(seconds=30), 1, 30, "host", "dead", "0", ["default"], [])
+        dead = queue.store.register(conn, about)
+        queue.using(conn).enqueue_many(slow.s() for _ in range(30))
+        assert len(queue.store.claim(conn, Lane("default", 0), 0, 30, dead)) == 30
+
+    with queue.worker("default", slots=2):
+        for _ in range(10):
+            slow.enqueue().wait(timedelta(seconds=5))  # the floor rises
+        with engine.begin() as conn:
+            assert len(queue.store.rescue(conn, 100, dead)) == 30
+        wait_until(lambda: rows(engine, "select 1 from sqlqueue.live") == [], within=6)
