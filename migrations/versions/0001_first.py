@@ -379,6 +379,7 @@ comment on function sqlqueue.new_id is 'A new uuid v7, by the clock of the datab
 create function sqlqueue.ring(queue text, hint text) returns void
 language plpgsql volatile
 set enable_seqscan = off
+set jit = off
 as $$
 #variable_conflict use_column
 declare
@@ -627,6 +628,7 @@ declare
     old record;
 begin
     perform set_config('lock_timeout', '50ms', true);
+    perform set_config('jit', 'off', true);
     perform set_config('enable_seqscan', 'off', true);
     perform set_config('enable_hashjoin', 'off', true);
     perform set_config('enable_mergejoin', 'off', true);
