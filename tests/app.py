@@ -18,6 +18,7 @@ from sqlalchemy import text
 from sqlalchemy.orm import Session
 
 from sqlqueue import Queue, Retry, WorkerOptions, current_run
+from sqlqueue.store import Store
 from sqlqueue.supervisor import Supervisor
 
 queue = Queue(os.environ["SQLQUEUE_TEST_APP"])
@@ -39,6 +40,20 @@ def work(names: tuple[str, ...], options: dict[str, Any]) -> None:
     """Be a single worker, without a parent that watches."""
     logging.basicConfig(level=logging.INFO)
     queue.worker(*names, **options).run()
+
+
+def stop_after(verb: str) -> None:
+    """Have this process stop, as by SIGSTOP, between a statement of that name and its commit."""
+    run_statement = getattr(Store, verb)
+
+    def stopping(*args: Any, **kwargs: Any) -> Any:
+        found = run_statement(*args, **kwargs)
+        if found:
+            os.kill(os.getpid(), signal.SIGSTOP)
+            threading.Event().wait(0.2)  # it may reach another thread before this one
+        return found
+
+    setattr(Store, verb, stopping)
 
 
 def note(key: str) -> None:

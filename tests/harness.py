@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from types import ModuleType
@@ -88,7 +88,7 @@ def silence(engine: Engine, worker: int) -> None:
 
 @contextmanager
 def program(url: str, code: str) -> Iterator[subprocess.Popen[bytes]]:
-    """Run a Python program in a process group of its own; it is killed at the end."""
+    """Run a Python program in a session of its own; it is killed at the end, with its children."""
     process = subprocess.Popen(
         [sys.executable, "-c", f"import datetime; from tests import app; {code}"],
         cwd=ROOT,
@@ -98,11 +98,8 @@ def program(url: str, code: str) -> Iterator[subprocess.Popen[bytes]]:
     try:
         yield process
     finally:
-        members = group_of(process.pid)
-        if process.poll() is None or members:
-            os.killpg(process.pid, signal.SIGKILL)
+        wait_until(lambda: not _killed(process.pid), what="the end of the program's processes")
         process.wait()
-        wait_until(lambda: not group_of(process.pid), what="the end of the program's processes")
 
 
 @contextmanager
@@ -119,21 +116,30 @@ def workers(engine: Engine) -> dict[int, int]:
     return {row[0]: row[1] for row in found}
 
 
-def group_of(leader: int) -> list[int]:
-    """Return the live processes of a process group."""
-    return [pid for pid, state, group in _processes() if group == leader and state != "Z"]
+def _killed(session: int) -> list[int]:
+    """Kill the processes of a session, whatever their group; return which there were."""
+    members = [pid for pid, state, number in _processes() if number == session and state != "Z"]
+    for pid in members:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    return members
 
 
 def is_alive(pid: int) -> bool:
-    """Say whether a process runs; one that nobody has waited for does not."""
+    """Say whether a process exists; one that has ended, and nobody has waited for, does not."""
     return any(found == pid and state != "Z" for found, state, _ in _processes())
 
 
+def is_stopped(pid: int) -> bool:
+    """Say whether a process is stopped, as by SIGSTOP."""
+    return any(found == pid and state == "T" for found, state, _ in _processes())
+
+
 def _processes() -> Iterator[tuple[int, str, int]]:
-    """List (pid, state, process group), as proc(5) gives them."""
+    """List (pid, state, session), as proc(5) gives them."""
     for folder in Path("/proc").glob("[0-9]*"):
         try:
-            state, _, group = (folder / "stat").read_text().rpartition(")")[2].split()[:3]
+            state, _, _, session = (folder / "stat").read_text().rpartition(")")[2].split()[:4]
         except OSError:
             continue  # it has ended
-        yield int(folder.name), state, int(group)
+        yield int(folder.name), state, int(session)

@@ -231,13 +231,10 @@ def peak_of(queue: Queue, number: Task[..., Any], count: int) -> int:
         tracemalloc.stop()
 
 
-def test_memory_is_bounded_however_many_calls_there_are(queue, number) -> None:
-    assert peak_of(queue, number, 200_000) < 50_000_000
-
-
-@pytest.mark.nightly
-def test_memory_is_bounded_for_a_million_calls(queue, number) -> None:
-    assert peak_of(queue, number, 1_000_000) < 50_000_000
+@pytest.mark.parametrize("count", [50_000, pytest.param(1_000_000, marks=pytest.mark.nightly)])
+def test_memory_is_bounded_however_many_calls_there_are(queue, number, count) -> None:
+    # All calls of the shorter form at once take 20 MB.
+    assert peak_of(queue, number, count) < 5_000_000
 
 
 def test_a_connection_of_the_pool_is_given_back(migrated_url, engine) -> None:

@@ -2,7 +2,6 @@
 
 import asyncio
 import inspect
-import time
 import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +13,7 @@ from uuid import UUID, uuid4
 import psycopg
 import pytest
 from psycopg.rows import dict_row
-from sqlalchemy import Connection, Engine, create_engine, make_url, text
+from sqlalchemy import Engine, create_engine, make_url, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 from sqlalchemy.orm import Session
@@ -30,8 +29,9 @@ from sqlqueue import (
     Task,
     UnsupportedTransaction,
 )
-from sqlqueue.store import Ended, Lane, Store, Worker
+from sqlqueue.store import Ended, Lane, Store
 from tests.conftest import TABLES
+from tests.test_store import hire, wait_for_a_lock
 
 KINDS = (
     "Session", "Connection", "AsyncSession", "AsyncConnection", "psycopg", "async psycopg"
@@ -176,31 +176,6 @@ def one(engine: Engine, statement: str) -> dict[str, Any]:
         return dict(conn.execute(text(statement)).mappings().one())
 
 
-def wait_until(is_so: Callable[[], bool], seconds: float = 10) -> None:
-    """Poll until something is so; fail after a time."""
-    deadline, pause = time.monotonic() + seconds, asyncio.Event()
-
-    async def poll() -> None:
-        while not is_so():
-            assert time.monotonic() < deadline, "it did not become so in time"
-            try:
-                await asyncio.wait_for(pause.wait(), 0.01)
-            except TimeoutError:
-                continue
-
-    asyncio.run(poll())
-
-
-def is_waiting_for_a_lock(engine: Engine) -> bool:
-    with engine.connect() as conn:
-        return conn.scalar(
-            text(
-                "select count(*) from pg_stat_activity"
-                " where datname = current_database() and wait_event_type = 'Lock'"
-            )
-        )
-
-
 # One transaction
 
 
@@ -325,7 +300,7 @@ def test_an_enqueue_repeated_while_the_first_is_uncommitted_makes_one_job(
 
     with ThreadPoolExecutor(1) as thread:
         again = thread.submit(greet.using(id=first.id).enqueue, "you")
-        wait_until(lambda: is_waiting_for_a_lock(engine))
+        wait_for_a_lock(engine)
         caller.commit()
         again.result(timeout=10)
 
@@ -335,7 +310,7 @@ def test_an_enqueue_repeated_while_the_first_is_uncommitted_makes_one_job(
 def test_an_enqueue_repeated_after_its_job_ended_runs_nothing(greet, engine, store: Store) -> None:
     job = greet.enqueue("you")
     with engine.begin() as conn:
-        worker = add_worker(conn, store)
+        worker = hire(conn, store)
         (row,) = store.claim(conn, Lane("default", 0), 0, 10, worker)
         store.finish(conn, [Ended(row.job_id, row.run, "succeeded")])
 
@@ -544,7 +519,8 @@ def test_the_call_overrides_the_task_which_overrides_the_queue(queue, engine) ->
     }  # fmt: skip
 
 
-def test_every_option_is_stored_with_the_job(greet, engine) -> None:
+def test_every_option_is_stored_with_the_job(queue, engine) -> None:
+    greet = queue.task(name="shop.greet")(greet_aloud)
     ends = datetime(2040, 1, 2, 3, 4, 5, 678901, tzinfo=UTC)
 
     greet.using(
@@ -746,11 +722,6 @@ def hears(migrated_url: str) -> Iterator[Callable[[], list[str]]]:
         yield heard
 
 
-def add_worker(conn: Connection, store: Store) -> int:
-    ttl = timedelta(seconds=30)
-    return store.register(conn, Worker(ttl, 1, 1, "host", "worker", "0", ["default"], []))
-
-
 def test_an_enqueue_rings_only_if_somebody_sleeps(greet, queue, engine, store, hears) -> None:
     greet.enqueue("you")
     assert hears() == []
@@ -795,6 +766,37 @@ def test_an_enqueue_rolled_back_rings_nobody(greet, engine, store, hears) -> Non
         conn.rollback()
 
     assert hears() == []
+
+
+def test_a_promotion_rings_in_each_lane(greet, engine, store, hears) -> None:
+    for priority in (5, 5, 6):
+        greet.using(priority=priority, delay=timedelta(minutes=1)).enqueue("you")
+    with engine.begin() as conn:
+        store.arm(conn, ["default"], 7, timedelta(seconds=30))
+        conn.execute(text("update sqlqueue.scheduled set due_at = now()"))
+        store.promote(conn, None, 10)
+
+    assert sorted(hears()) == ["7 5 default", "7 6 default"]
+
+
+def test_who_has_its_hands_full_passes_the_bell_on_to_everybody(engine, store, hears) -> None:
+    with engine.begin() as conn:
+        store.pass_on(conn, Lane("default", 5))
+
+    assert hears() == ["0 5 default"]
+
+
+def test_the_worker_of_a_running_job_is_told_to_cancel_it(greet, engine, store, hears) -> None:
+    job = greet.enqueue("you")
+    with engine.begin() as conn:
+        worker = hire(conn, store)
+        store.claim(conn, Lane("default", 0), 0, 1, worker)
+
+    assert job.cancel()
+
+    assert hears() == [f"{worker} cancel {job.id}"]
+    with engine.connect() as conn:
+        assert store.leases(conn, worker) == {(str(job.id), 1): True}
 
 
 def test_the_tables_of_the_fixture_are_all_there_are(engine) -> None:

@@ -23,6 +23,7 @@ from tests.harness import (
     application_table,
     effects,
     is_alive,
+    is_stopped,
     outcomes,
     program,
     rows,
@@ -202,6 +203,42 @@ def test_a_worker_stopped_for_longer_than_its_ttl_cannot_finish(queue, engine, m
 
     assert effects(engine, "paid") == [2]
     assert outcomes(engine, job.id) == ["crashed", "succeeded"]
+
+
+@pytest.mark.parametrize(
+    ("verb", "task", "outcomes_"),
+    [
+        ("claim", "linger", ["succeeded"]),
+        ("finish", "linger", ["crashed", "succeeded"]),
+        ("finish", "write", ["crashed", "succeeded"]),
+    ],
+    ids=["claim", "finish", "finish of a transactional task"],
+)
+def test_a_worker_that_stalls_before_its_commit_hides_no_job(
+    queue, engine, migrated_url, verb, task, outcomes_
+):
+    """Locked rows are passed by: the database ends the silent session, then others go on."""
+    work = f"app.work(('default',), {CLOCKS!r})"
+    with (
+        program(migrated_url, f"app.stop_after({verb!r}); {work}") as stalled,
+        program(migrated_url, f"app.work(('other',), {CLOCKS!r})"),
+    ):
+        wait_until(lambda: len(workers(engine)) == 2, within=20, what="the workers")
+        job = queue.send(task, "stalled", 0)
+        wait_until(lambda: is_stopped(stalled.pid))
+        began = monotonic()
+        with program(migrated_url, work):
+            job.wait(timedelta(seconds=TTL.total_seconds() + 10))
+            took = monotonic() - began
+            os.kill(stalled.pid, signal.SIGCONT)
+            # It finds its session gone, registers anew and goes on.
+            sql = "select count(*) from sqlqueue.worker where pid = :pid and died_at is null"
+            wait_until(lambda: value(engine, sql, pid=stalled.pid), what="it to go on")
+
+    print(f"{verb}: ran elsewhere after {took:.2f} s")
+    assert took < TTL.total_seconds() + 5
+    assert outcomes(engine, job.id) == outcomes_
+    assert len(effects(engine, "stalled")) == (2 if (verb, task) == ("finish", "linger") else 1)
 
 
 def test_a_worker_that_was_declared_dead_registers_anew_and_goes_on(queue, engine):

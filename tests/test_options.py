@@ -138,10 +138,12 @@ def test_a_function_can_decide() -> None:
         {"waits": [SECOND, -SECOND]},
         {"limit": timedelta.max},
         {"waits": [timedelta.max]},
+        {"by_error": {Busy: Retry(decide=lambda error, failures: None)}},
+        {"by_error": {Busy: Retry(by_error={Rude: Retry()})}},
     ],
 )
 def test_a_policy_cannot_be_built_wrong(wrong) -> None:
-    with pytest.raises(ValueError, match=r"must|need"):
+    with pytest.raises(ValueError, match=r"must|need|may"):
         Retry(**wrong)
 
 
@@ -160,21 +162,20 @@ leaves = st.builds(
     st.lists(durations, max_size=3),
     st.lists(names, max_size=2),
 )
-trees = st.recursive(
-    leaves,
-    lambda inner: st.builds(
-        lambda policy, by_error: Retry(
-            attempts=policy.attempts, waits=policy.waits, by_error=by_error
-        ),
-        leaves,
-        st.dictionaries(names, inner, max_size=2),
+trees = st.builds(
+    lambda policy, by_error: Retry(
+        attempts=policy.attempts,
+        waits=policy.waits,
+        give_up_on=policy.give_up_on,
+        by_error=by_error,
     ),
-    max_leaves=5,
+    leaves,
+    st.dictionaries(names, leaves, max_size=2),
 )
 errors = st.sampled_from([ValueError(), KeyError(), Busy(), Rude(), OSError()])
 
 
-@given(trees, errors, st.integers(1, 32767), st.integers())
+@given(leaves | trees, errors, st.integers(1, 32767), st.integers())
 def test_a_policy_read_from_the_row_decides_the_same(policy, error, failures, seed) -> None:
     read = Retry.from_json(policy.attempts, policy.to_json())
 

@@ -162,18 +162,18 @@ def test_a_missed_ring_costs_at_most_one_poll(engine, queue, task, why):
     options = CLOCKS | {"poll": POLL, "listen": why != "deaf"}
     took = []
     with engine.connect() as conn, queue.worker("default", **options) as worker:
-        for _ in range(3):
+        for lane, pause in enumerate((0, 0.2, 0.7)):  # in a lane that it has not seen yet
             turns = worker.progress
             if why == "old snapshot":
                 rows(engine, "delete from sqlqueue.doorbell")
                 conn.execution_options(isolation_level="REPEATABLE READ")
                 conn.execute(text("select 1"))
-            wait_until(lambda turns=turns: worker.progress > turns + 0.3)
+            wait_until(lambda until=turns + pause: worker.progress > until)
             if why != "deaf":
                 sleeps(engine)
             if why == "silent":
                 conn.execute(text("set local sqlqueue.ring = 'off'"))
-            job = task.using(conn).enqueue()
+            job = task.using(conn, priority=lane).enqueue()
             committed = value(engine, "select clock_timestamp()")
             conn.commit()
             job.wait(SOON)

@@ -635,21 +635,21 @@ def test_a_worker_without_names_serves_the_queues_of_its_tasks(queue):
 
 
 @pytest.mark.parametrize("delay", [0.3, 1.4])
-def test_a_delayed_job_starts_on_time_on_an_idle_worker(queue, engine, delay, record_property):
+def test_a_delayed_job_starts_on_time_on_an_idle_worker(queue, engine, delay):
     record, _ = recorder(queue)
     sql = "select extract(epoch from started_at - due_at) from sqlqueue.run where job_id = :id"
 
     with queue.worker("default", **CLOCKS | {"poll": timedelta(seconds=5)}):
         wait_until(lambda: value(engine, "select count(*) from sqlqueue.doorbell"))
         late = []
-        for _ in range(3):
+        for _ in range(2):
             job = record.using(delay=timedelta(seconds=delay)).enqueue(1)
             job.wait(SOON)
             late.append(float(value(engine, sql, id=job.id)))
 
     print(f"started after it was due: {[f'{one * 1000:.0f} ms' for one in late]}")
     assert min(late) >= 0
-    assert sorted(late)[1] < 0.2  # 0.05 on a machine with nothing else to do
+    assert max(late) < 0.2  # 0.05 on a machine with nothing else to do
 
 
 def test_a_paused_queue_waits_until_it_is_resumed(queue, engine):
