@@ -34,7 +34,7 @@ from sqlqueue.link import DatabaseError
 from sqlqueue.migrate import LOCK_TIMEOUT, check, current, goes_down, head, script
 from sqlqueue.migrate import migrate as move_to
 from sqlqueue.queue import Queue
-from sqlqueue.reports import Choice, Control, fields, misuse
+from sqlqueue.reports import Choice, Control, fields, inert, misuse
 from sqlqueue.supervisor import Supervisor
 from sqlqueue.task import Task
 from sqlqueue.worker import WorkerOptions
@@ -58,7 +58,7 @@ REVISION = re.compile(r"(head|base|\d{4})(:(head|base|\d{4}))?")
 
 def duration(text: str) -> timedelta:
     """Read a time span such as 30s."""
-    if not (match := re.fullmatch(r"(\d{1,9}(?:\.\d{1,6})?)(ms|[smhd])", text)):
+    if not (match := re.fullmatch(r"(\d{1,8}(?:\.\d{1,6})?)(ms|[smhd])", text)):
         raise click.BadParameter(f"{text!r} is no duration such as 250ms, 30s, 5m, 2h or 1d")
     return timedelta(seconds=float(match[1]) * SECONDS[match[2]])
 
@@ -95,7 +95,7 @@ def json_or_text(word: str) -> Any:
 
 def failure(message: str, code: int) -> click.exceptions.Exit:
     """Say what failed, and return what ends the command with an exit code."""
-    click.echo(f"Error: {message}", err=True)
+    click.echo(f"Error: {inert(message)}", err=True)
     return click.exceptions.Exit(code)
 
 
@@ -228,7 +228,7 @@ def bench(ctx: click.Context, quick: bool) -> None:
 @json_option
 @click.pass_obj
 def migrate(
-    ctx: click.Context, /, action: str, revision: str | None, sql: bool, **given: Any
+    control: Control, /, action: str, revision: str | None, sql: bool, **given: Any
 ) -> None:
     """Bring the schema to a revision.
 

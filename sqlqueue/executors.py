@@ -9,9 +9,10 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from contextlib import suppress
 from queue import Empty, SimpleQueue
 from time import monotonic
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from sqlqueue.run import Run
 from sqlqueue.store import Ended
@@ -38,7 +39,11 @@ class Executor(Protocol):
 
 
 class LoopExecutor:
-    """Runs `async def` tasks on an event loop in a thread of its own."""
+    """Runs `async def` tasks on an event loop in a thread of its own.
+
+    Each run is a task of the loop from the start, and waits there for a slot: those that end
+    without waiting for anything all run in one round of the loop.
+    """
 
     def __init__(
         self,
@@ -47,12 +52,12 @@ class LoopExecutor:
         close: Callable[[], Coroutine[Any, Any, None]],
         done: Done,
     ) -> None:
-        self._slots = slots
         self._perform = perform
         self._close = close
         self._done = done
         self._waiting: deque[Run] = deque()
-        self._active: set[asyncio.Task[None]] = set()
+        self._slots = asyncio.Semaphore(slots)
+        self._tasks: set[asyncio.Task[Any]] = set()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._run, name="sqlqueue loop", daemon=True)
         self._thread.start()
@@ -63,15 +68,13 @@ class LoopExecutor:
 
     def submit(self, runs: Sequence[Run]) -> None:
         self._waiting.extend(runs)
-        self._loop.call_soon_threadsafe(self._fill)
+        self._loop.call_soon_threadsafe(self._begin, len(runs))
 
     def withdraw(self) -> list[Run]:
-        withdrawn = []
+        withdrawn: list[Run] = []
         while self._waiting:
-            try:
+            with suppress(IndexError):  # the loop took the last one
                 withdrawn.append(self._waiting.pop())
-            except IndexError:
-                break  # the loop took the last one
         return withdrawn
 
     def interrupt(self, run: Run) -> None:
@@ -85,30 +88,26 @@ class LoopExecutor:
         asyncio.run_coroutine_threadsafe(self._end(), self._loop)
         self._thread.join(timeout=1)
 
-    def _fill(self) -> None:
-        while len(self._active) < self._slots:
-            try:
-                run = self._waiting.popleft()
-            except IndexError:
-                return
-            run.handle = task = self._loop.create_task(self._work(run))
-            self._active.add(task)
-            task.add_done_callback(self._next)
+    def _begin(self, runs: int) -> None:
+        self._tasks.update([self._loop.create_task(self._work()) for _ in range(runs)])
 
-    def _next(self, task: asyncio.Task[None]) -> None:
-        self._active.discard(task)
-        self._fill()
+    async def _work(self) -> None:
+        task = cast("asyncio.Task[None]", asyncio.current_task())
+        async with self._slots:
+            if not self._waiting:
+                return  # it was withdrawn
+            run = self._waiting.popleft()
+            run.handle = task
+            try:
+                ended = await self._perform(run)
+            except asyncio.CancelledError as error:  # while it cleaned up
+                ended = run.failed(error)
+            self._done(run, ended)
+        self._tasks.discard(task)
 
     async def _end(self) -> None:
-        await asyncio.wait([*self._active, asyncio.create_task(self._close())], timeout=0.5)
+        await asyncio.wait({*self._tasks, asyncio.create_task(self._close())}, timeout=0.5)
         self._loop.stop()
-
-    async def _work(self, run: Run) -> None:
-        try:
-            ended = await self._perform(run)
-        except asyncio.CancelledError as error:  # before it began, or while it cleaned up
-            ended = run.failed(error)
-        self._done(run, ended)
 
 
 class ThreadExecutor:

@@ -142,7 +142,7 @@ def as_json(document: Any) -> str:
 
 def as_lines(rows: Sequence[Row]) -> list[str]:
     """Write a line for each row, its cells separated by tabs; what is inside them is escaped."""
-    return ["\t".join(_escaped(_cell(value)) for value in row.values()) for row in rows]
+    return ["\t".join(_cell(value).translate(_CONTROLS) for value in row.values()) for row in rows]
 
 
 def as_table(rows: Sequence[Row]) -> Table:
@@ -152,8 +152,7 @@ def as_table(rows: Sequence[Row]) -> Table:
     for name in names:
         table.add_column(name, overflow="fold", no_wrap=name != "value")
     for row in rows:
-        cells = [_cell(row[name]).splitlines() for name in names]
-        table.add_row(*(Text("\n".join(map(_escaped, lines))) for lines in cells))
+        table.add_row(*(Text(inert(_cell(row[name]))) for name in names))
     return table
 
 
@@ -181,11 +180,13 @@ def _utc(value: datetime) -> str:
     return value.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
-def _escaped(text: str) -> str:
-    return text.translate(_CONTROLS)
-
-
 _CONTROLS = {code: repr(chr(code))[1:-1] for code in (*range(32), *range(127, 160))}
+_MOVES = {code: text for code, text in _CONTROLS.items() if chr(code) not in "\t\n"}
+
+
+def inert(text: str) -> str:
+    """Escape what would do something to a terminal, but for tabs and the ends of lines."""
+    return text.translate(_MOVES)
 
 
 # The application and its database
@@ -230,7 +231,7 @@ def imported(name: str) -> Any:
         return importlib.import_module(name)
     except Exception as error:
         frame = traceback.extract_tb(error.__traceback__)[-1]
-        place = "" if isinstance(error, ImportError) else f" ({frame.filename}:{frame.lineno})"
+        place = "" if frame.filename[0] == "<" else f" ({frame.filename}:{frame.lineno})"
         raise ValueError(f"cannot import {name}: {type(error).__name__}: {error}{place}") from error
 
 

@@ -317,12 +317,13 @@ class Worker:
         """Say how many jobs fit: free slots, and a little work ahead if jobs are quick."""
         if self._stop_by is not None:
             return 0
+        held = len(self.runs.held) - len(self._unsettled)  # what has ended is settled first
         if self._is_probing:
-            return 0 if self.runs.held else 1
+            return 0 if held else 1
         slots = self.options.slots - len(self.runs.lingering)
         ahead = min(AHEAD, int(slots * HORIZON / self._usual)) if self._usual else 0
-        room = slots + ahead - len(self.runs.held)
-        if len(self.runs.held) > slots and room < min(BATCH, ahead // 2):
+        room = slots + ahead - held
+        if held > slots and room < min(BATCH, ahead // 2):
             return 0  # nobody waits for it: claim more at a time
         if self.options.max_jobs is not None:
             room = min(room, self.options.max_jobs - self._taken)

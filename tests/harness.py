@@ -28,6 +28,7 @@ CLOCKS: dict[str, Any] = {
     "poll": timedelta(seconds=0.25),
     "grace": timedelta(seconds=5),
 }
+POLLING = CLOCKS | {"listen": False}  # where waking does not matter; it stops faster
 
 
 def wait_until(condition: Callable[[], T], within: float = 10.0, what: str = "") -> T:
@@ -78,12 +79,6 @@ def load_app(url: str) -> ModuleType:
     """Import tests.app, whose queue is in this database; child processes do the same."""
     os.environ["SQLQUEUE_TEST_APP"] = url
     return importlib.import_module("tests.app")
-
-
-def silence(engine: Engine, worker: int) -> None:
-    """Let time pass: the worker has not beaten for twice its ttl."""
-    sql = "update sqlqueue.worker set heartbeat_at = heartbeat_at - 2 * ttl where id = :worker"
-    rows(engine, sql, worker=worker)
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from sqlalchemy.orm import Session
 from sqlqueue import Job, LeaseLost, Queue, Retry, current_run
 from tests.harness import (
     CLOCKS,
+    POLLING,
     SOON,
     TTL,
     application_table,
@@ -61,7 +62,7 @@ def test_a_coroutine_is_cancelled_when_its_time_is_over(queue, engine):
         finally:
             told.set()
 
-    with queue.worker("default", **CLOCKS):
+    with queue.worker("default", **POLLING):
         job = ended(slow.enqueue())
 
     assert told.is_set()
@@ -112,7 +113,7 @@ def test_a_thread_that_ignores_its_time_loses_its_lease(queue, engine):
                 errors.append(error)
         has_ended.set()
 
-    with queue.worker("default", **CLOCKS):
+    with queue.worker("default", **POLLING):
         job = ended(deaf.enqueue())
         may_end.set()
         assert has_ended.wait(10)
@@ -132,7 +133,7 @@ def test_a_thread_that_hears_of_its_time_ends_as_timed_out(queue, engine):
         wait_until(lambda: run.is_cancelled)
         raise InterruptedError
 
-    with queue.worker("default", **CLOCKS):
+    with queue.worker("default", **POLLING):
         job = ended(polite.enqueue())
 
     assert outcomes(engine, job.id) == ["timed_out"]
@@ -189,7 +190,7 @@ def test_a_process_job_that_waits_for_a_slot_is_cancelled_without_a_start(app, e
 
 
 def test_a_child_process_is_replaced_after_its_runs(app):
-    with app.queue.worker("default", **CLOCKS, slots=1, child_runs=2):
+    with app.queue.worker("default", **POLLING, slots=1, child_runs=2):
         pids = [app.process_id.enqueue().wait(SOON) for _ in range(4)]
 
     assert pids[0] == pids[1]
@@ -200,7 +201,7 @@ def test_a_child_process_is_replaced_after_its_runs(app):
 
 def test_a_child_process_that_has_grown_is_replaced(app):
     limit = 200 << 20
-    with app.queue.worker("default", **CLOCKS, slots=1, child_bytes=limit):
+    with app.queue.worker("default", **POLLING, slots=1, child_bytes=limit):
         small = app.allocate.enqueue(1).wait(SOON)
         large = app.allocate.enqueue(300).wait(SOON)
         after = app.allocate.enqueue(1).wait(SOON)
@@ -210,13 +211,13 @@ def test_a_child_process_that_has_grown_is_replaced(app):
 
 
 def test_a_coroutine_runs_in_a_child_process(app):
-    with app.queue.worker("default", **CLOCKS):
+    with app.queue.worker("default", **POLLING):
         assert app.async_in_process.enqueue().wait(SOON) != os.getpid()
 
 
 def test_a_segfault_ends_its_job_and_leaves_its_neighbours_alone(app, engine):
     """It crashes max_crashes times; threads and other children of the worker go on."""
-    with app.queue.worker("default", **CLOCKS, slots=4):
+    with app.queue.worker("default", **POLLING, slots=4):
         neighbours = [app.linger.enqueue(f"thread {n}", 1.5) for n in range(2)]
         job = app.segfault.enqueue()
         fine = app.process_id.enqueue()
@@ -243,7 +244,7 @@ def test_an_executor_that_cannot_run_the_function_gives_way_to_one_that_can(queu
     def in_thread() -> str:
         return threading.current_thread().name
 
-    with queue.worker("default", **CLOCKS):
+    with queue.worker("default", **POLLING):
         job = queue.using(executor="async").send("sync")
         assert job.wait(SOON) == "sqlqueue task"
 
@@ -321,11 +322,11 @@ def test_a_thread_that_never_ends_takes_its_slot_and_no_job(queue, engine):
     def fine() -> str:
         return "fine"
 
-    stuck = queue.worker("default", **CLOCKS | {"grace": timedelta(seconds=0.5)}, slots=1)
+    stuck = queue.worker("default", **POLLING | {"grace": timedelta(seconds=0.5)}, slots=1)
     with stuck:
         ended(deaf.enqueue())
         job = fine.enqueue()
-        with queue.worker("default", **CLOCKS, slots=1):
+        with queue.worker("default", **POLLING, slots=1):
             assert job.wait(timedelta(seconds=5)) == "fine"
         may_end.set()
         assert fine.enqueue().wait(SOON) == "fine"  # the slot is free again

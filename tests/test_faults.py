@@ -179,6 +179,29 @@ def test_an_embedded_worker_runs_a_suspect_when_all_else_has_ended(queue, engine
     assert neighbours == [set()] * 5
 
 
+def test_a_tree_lets_jobs_end_when_it_is_told_to_stop(queue, engine, migrated_url):
+    """After a second signal it hands back what still runs."""
+    options = CLOCKS | {"grace": timedelta(minutes=1)}
+    with program(migrated_url, f"app.supervise(2, ('default',), {options!r})") as parent:
+        short, long = queue.send("linger", "short", 1), queue.send("linger", "long", 60)
+        written_by(engine, "short")
+        written_by(engine, "long")
+        parent.send_signal(signal.SIGTERM)
+        short.wait(SOON)
+        assert parent.poll() is None
+        mark(engine, "told again")
+        parent.send_signal(signal.SIGTERM)
+        assert parent.wait(10) == 0
+
+    assert outcomes(engine, short.id) == ["succeeded"]
+    assert outcomes(engine, long.id) == ["returned"]
+    assert (long.refresh().state, long.attempt) == ("ready", 1)
+    took = seconds_between(engine, long, "told again")
+    print(f"handed back {took:.2f} s after the second signal")
+    assert took < 1
+    assert workers(engine) == {}
+
+
 # Stalls
 
 
@@ -219,13 +242,9 @@ def test_a_worker_that_stalls_before_its_commit_hides_no_job(
 ):
     """Locked rows are passed by: the database ends the silent session, then others go on."""
     work = f"app.work(('default',), {CLOCKS!r})"
-    with (
-        program(migrated_url, f"app.stop_after({verb!r}); {work}") as stalled,
-        program(migrated_url, f"app.work(('other',), {CLOCKS!r})"),
-    ):
-        wait_until(lambda: len(workers(engine)) == 2, within=20, what="the workers")
+    with program(migrated_url, f"app.stop_after({verb!r}); {work}") as stalled:
         job = queue.send(task, "stalled", 0)
-        wait_until(lambda: is_stopped(stalled.pid))
+        wait_until(lambda: is_stopped(stalled.pid), within=20)
         began = monotonic()
         with program(migrated_url, work):
             job.wait(timedelta(seconds=TTL.total_seconds() + 10))

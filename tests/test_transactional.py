@@ -15,7 +15,7 @@ from sqlalchemy.orm import Session
 from sqlqueue import Job, LeaseLost, Queue, Retry, current_run
 from sqlqueue.store import Ended
 from tests.harness import (
-    CLOCKS,
+    POLLING,
     SOON,
     application_table,
     effects,
@@ -58,7 +58,7 @@ def test_the_writes_of_a_task_its_follow_up_and_its_end_are_one_commit(queue, en
         queue.using(session, queue="later").send("receipt", amount)
         return amount
 
-    with queue.worker("default", **CLOCKS):
+    with queue.worker("default", **POLLING):
         job = pay.enqueue(5)
         assert job.wait(SOON) == 5
 
@@ -72,7 +72,7 @@ def test_the_writes_of_an_async_task_its_follow_up_and_its_end_are_one_commit(qu
         await queue.using(session, queue="later").asend("receipt", amount)
         return amount
 
-    with queue.worker("default", **CLOCKS):
+    with queue.worker("default", **POLLING):
         job = pay.enqueue(5)
         assert job.wait(SOON) == 5
 
@@ -92,7 +92,7 @@ def test_an_exception_rolls_back_all_a_task_wrote_and_is_recorded_by_itself(queu
         await queue.using(session, queue="later").asend("receipt")
         raise ValueError("no money")
 
-    with queue.worker("default", **CLOCKS):
+    with queue.worker("default", **POLLING):
         jobs = [in_thread.enqueue(), on_loop.enqueue()]
         for job in jobs:
             wait_until(lambda job=job: job.refresh().has_ended)
@@ -110,7 +110,7 @@ def test_a_result_that_is_no_json_rolls_back_the_writes(queue, engine):
         session.execute(NOTE, of_run("odd"))
         return object()
 
-    with queue.worker("default", **CLOCKS):
+    with queue.worker("default", **POLLING):
         job = odd.enqueue()
         wait_until(lambda: job.refresh().has_ended)
 
@@ -127,7 +127,7 @@ def test_a_task_finishes_its_job_in_a_session_of_its_own(queue, engine):
             current_run().finish(session, amount + 1)
         return 0  # not the result: that was given to finish
 
-    with queue.worker("default", **CLOCKS):
+    with queue.worker("default", **POLLING):
         job = own.enqueue(1)
         assert job.wait(SOON) == 2
 
@@ -142,7 +142,7 @@ def test_an_exception_after_the_finishing_commit_changes_nothing(queue, engine):
             current_run().finish(session, "done")
         raise ValueError("too late to matter")
 
-    with queue.worker("default", **CLOCKS):
+    with queue.worker("default", **POLLING):
         job = late.enqueue()
         assert job.wait(SOON) == "done"
 
@@ -159,7 +159,7 @@ def test_a_finish_rolled_back_by_its_task_is_a_failure_and_the_job_is_not_lost(q
             if current_run().number == 1:
                 savepoint.rollback()
 
-    with queue.worker("default", **CLOCKS):
+    with queue.worker("default", **POLLING):
         job = undecided.enqueue()
         job.wait(SOON)
 
@@ -234,7 +234,7 @@ def test_a_run_that_lost_its_lease_cannot_finish_the_job(queue, engine, overtake
                 overtaken.refused(error)
         return 0  # not the result: that was given to finish
 
-    with queue.worker("default", **CLOCKS) as worker:
+    with queue.worker("default", **POLLING) as worker:
         job = slow.enqueue()
         overtaken.play(queue, job, worker.id)
         assert job.wait(SOON) == 2
@@ -266,7 +266,7 @@ def test_an_async_run_that_lost_its_lease_cannot_finish_the_job(queue, engine, o
         await stricter.dispose()
         return 0
 
-    with queue.worker("default", **CLOCKS) as worker:
+    with queue.worker("default", **POLLING) as worker:
         job = slow.enqueue()
         overtaken.play(queue, job, worker.id)
         assert job.wait(SOON) == 2
@@ -288,7 +288,7 @@ def test_writes_in_the_finishing_transaction_happen_once(migrated_url, engine, o
         overtaken.pass_through()
         return current_run().number
 
-    with queue.worker("default", **CLOCKS) as worker:
+    with queue.worker("default", **POLLING) as worker:
         job = slow.enqueue()
         overtaken.play(queue, job, worker.id)
         assert job.wait(SOON) == 2

@@ -162,7 +162,7 @@ def test_a_missed_ring_costs_at_most_one_poll(engine, queue, task, why):
     options = CLOCKS | {"poll": POLL, "listen": why != "deaf"}
     took = []
     with engine.connect() as conn, queue.worker("default", **options) as worker:
-        for lane, pause in enumerate((0, 0.2, 0.7)):  # in a lane that it has not seen yet
+        for lane, pause in enumerate((0, 0.7)):  # in a lane that it has not seen yet
             turns = worker.progress
             if why == "old snapshot":
                 rows(engine, "delete from sqlqueue.doorbell")

@@ -24,7 +24,7 @@ from sqlqueue import (
     current_run,
 )
 from sqlqueue.lanes import Lanes
-from tests.harness import CLOCKS, SOON, load_app, outcomes, rows, value, wait_until
+from tests.harness import CLOCKS, POLLING, SOON, load_app, outcomes, rows, value, wait_until
 
 MOMENT = timedelta(milliseconds=20)
 MINUTE = timedelta(minutes=1)
@@ -39,7 +39,7 @@ def ended(job: Job[Any]) -> Job[Any]:
 
 def run_to_the_end(queue: Queue, *jobs: Job[Any], **options: Any) -> None:
     """Run a worker until the jobs have ended."""
-    with queue.worker("default", **CLOCKS | options):
+    with queue.worker("default", **POLLING | options):
         for job in jobs:
             ended(job)
 
@@ -87,7 +87,7 @@ def test_a_result_is_awaited_without_blocking_the_loop(queue):
         assert not waiting.done()
         return await waiting
 
-    with queue.worker("default", **CLOCKS):
+    with queue.worker("default", **POLLING):
         assert asyncio.run(ask()) == MINUTE
 
 
@@ -165,7 +165,7 @@ def test_a_failure_waits_as_its_policy_says(queue, engine, policy, expected):
     def fail() -> None:
         raise KeyError("no")
 
-    with queue.worker("default", **CLOCKS):
+    with queue.worker("default", **POLLING):
         job = fail.enqueue()
         if expected[1] < 1:  # the next run is at once, and the one after that in a minute
             wait_until(lambda: len(outcomes(engine, job.id)) == 2)
@@ -211,7 +211,7 @@ def test_a_policy_that_fails_itself_harms_nobody(queue, engine, decide):
     def fine() -> str:
         return "fine"
 
-    with queue.worker("default", **CLOCKS):
+    with queue.worker("default", **POLLING):
         job = fail.enqueue()
         wait_until(lambda: outcomes(engine, job.id), what="the end of the run")
         assert fine.enqueue().wait(SOON) == "fine"
@@ -230,7 +230,7 @@ def test_a_policy_that_cannot_be_read_harms_nobody(queue, engine):
 
     sql = """select sqlqueue.enqueue('fail', retry => '{"waits": "soon"}')"""
     job_id = value(engine, sql)
-    with queue.worker("default", **CLOCKS):
+    with queue.worker("default", **POLLING):
         wait_until(lambda: outcomes(engine, job_id), what="the end of the run")
         assert fine.enqueue().wait(SOON) == "fine"
 
@@ -242,7 +242,7 @@ def test_a_task_chooses_its_next_run_by_retry_in(queue, engine):
     def later() -> None:
         raise RetryIn(timedelta(0) if current_run().attempt == 2 else MINUTE)
 
-    with queue.worker("default", **CLOCKS):
+    with queue.worker("default", **POLLING):
         job = later.enqueue()
         assert last_wait(engine, job) == pytest.approx(60, abs=0.01)
         rows(engine, "update sqlqueue.scheduled set due_at = now()")
@@ -329,7 +329,7 @@ def test_an_operator_retries_a_failed_job_with_all_its_attempts(queue, engine):
             raise KeyError("broken")
         return current_run().attempt
 
-    with queue.worker("default", **CLOCKS):
+    with queue.worker("default", **POLLING):
         job = ended(repaired.enqueue())
         assert job.state == "failed"
         is_fixed.set()
@@ -345,7 +345,7 @@ def test_an_operator_retries_a_failed_job_with_all_its_attempts(queue, engine):
 
 def test_an_unknown_task_waits_for_a_worker_that_knows_it(queue, engine):
     job = queue.using(retry=ONCE).send("deployed_later")
-    with queue.worker("default", **CLOCKS):
+    with queue.worker("default", **POLLING):
         wait_until(lambda: outcomes(engine, job.id), what="the first look")
         assert job.refresh().state == "scheduled"
     sql = "select distinct error_type from sqlqueue.run where outcome = 'snoozed'"
@@ -362,7 +362,7 @@ def test_an_unknown_task_waits_for_a_worker_that_knows_it(queue, engine):
 
 def test_an_unknown_task_ends_after_an_hour(queue, engine):
     job = queue.send("misspelt")
-    with queue.worker("default", **CLOCKS):
+    with queue.worker("default", **POLLING):
         wait_until(lambda: outcomes(engine, job.id), what="the first look")
         # An hour passes.
         rows(engine, "update sqlqueue.run set ended_at = ended_at - interval '61 minutes'")
@@ -542,7 +542,7 @@ def test_a_task_is_given_its_fence(queue):
             "is_cancelled": run.is_cancelled,
         }
 
-    with queue.worker("default", **CLOCKS):
+    with queue.worker("default", **POLLING):
         job = tell.using(headers={"trace": "abc"}, timeout=MINUTE).enqueue()
         told = job.wait(SOON)
 
@@ -581,7 +581,7 @@ def test_jobs_of_a_lane_run_in_order_and_urgent_lanes_first(queue):
         record.enqueue(f"plain {number}")
         record.using(priority=-5).enqueue(f"urgent {number}")
 
-    with queue.worker("default", **CLOCKS, slots=1, drain=True) as worker:
+    with queue.worker("default", **POLLING, slots=1, drain=True) as worker:
         assert worker.join(10)
 
     assert seen == [f"{lane} {n}" for lane in ("urgent", "plain", "late") for n in range(3)]
@@ -593,7 +593,7 @@ def test_queues_without_weights_are_served_in_the_order_given(queue):
         for name in ("a", "b", "c"):
             record.using(queue=name).enqueue(f"{name}{number}")
 
-    with queue.worker("b", "a", **CLOCKS, slots=1, drain=True) as worker:
+    with queue.worker("b", "a", **POLLING, slots=1, drain=True) as worker:
         assert worker.join(10)
 
     assert seen == ["b0", "b1", "b2", "a0", "a1", "a2"]
@@ -613,7 +613,7 @@ def test_a_weighted_worker_serves_all_its_queues(queue):
         record.using(queue="mail").enqueue("mail")
         record.using(queue="report").enqueue("report")
 
-    with queue.worker("mail:3", "report:1", **CLOCKS, slots=1, drain=True) as worker:
+    with queue.worker("mail:3", "report:1", **POLLING, slots=1, drain=True) as worker:
         assert worker.join(10)
 
     assert Counter(seen) == {"mail": 20, "report": 20}
@@ -628,7 +628,7 @@ def test_a_worker_without_names_serves_the_queues_of_its_tasks(queue):
 
     record.enqueue("recorded")
     post.enqueue()
-    with queue.worker(**CLOCKS, drain=True) as worker:
+    with queue.worker(**POLLING, drain=True) as worker:
         assert worker.join(10)
 
     assert sorted(seen) == ["posted", "recorded"]
@@ -656,7 +656,7 @@ def test_a_paused_queue_waits_until_it_is_resumed(queue, engine):
     record, seen = recorder(queue)
     queue.pause("default", by="test", why="to see")
 
-    with queue.worker("default", **CLOCKS) as worker:
+    with queue.worker("default", **POLLING) as worker:
         job = record.enqueue(1)
         other = record.using(queue="default", priority=1).enqueue(2)
         turns = worker.progress
@@ -672,7 +672,7 @@ def test_a_pause_ends_by_itself(queue):
     record, _ = recorder(queue)
     queue.pause("default", lasts=timedelta(seconds=0.5))
 
-    with queue.worker("default", **CLOCKS):
+    with queue.worker("default", **POLLING):
         job = ended(record.enqueue(1))
 
     assert job.started_at - job.created_at > timedelta(seconds=0.3)
@@ -683,7 +683,7 @@ def test_a_worker_stops_after_max_jobs(queue, engine):
     for number in range(9):
         record.enqueue(number)
 
-    with queue.worker("default", **CLOCKS, max_jobs=5) as worker:
+    with queue.worker("default", **POLLING, max_jobs=5) as worker:
         assert worker.join(10)
 
     assert sorted(seen) == [0, 1, 2, 3, 4]
@@ -694,7 +694,7 @@ def test_a_draining_worker_stops_when_all_has_run(queue, engine):
     record, seen = recorder(queue)
     queue.enqueue_many(record.s(number) for number in range(1500))
 
-    with queue.worker("default", **CLOCKS, drain=True) as worker:
+    with queue.worker("default", **POLLING, drain=True) as worker:
         assert worker.join(20)
 
     assert sorted(seen) == list(range(1500))
@@ -720,7 +720,7 @@ def test_a_stopping_worker_hands_back_the_rest(queue, engine):
             forever.wait(10)
         return current_run().attempt
 
-    with queue.worker("default", **CLOCKS | {"grace": timedelta(seconds=1)}, slots=2) as worker:
+    with queue.worker("default", **POLLING | {"grace": timedelta(seconds=1)}, slots=2) as worker:
         done, rest = short.enqueue(), long.enqueue()
         assert started.acquire(timeout=10)
         assert started.acquire(timeout=10)
@@ -749,7 +749,7 @@ def test_a_second_stop_hands_back_at_once(queue, engine):
         started.set()
         await asyncio.Event().wait()
 
-    with queue.worker("default", **CLOCKS | {"grace": MINUTE}) as worker:
+    with queue.worker("default", **POLLING | {"grace": MINUTE}) as worker:
         job = patient.enqueue()
         assert started.wait(10)
         worker.stop()

@@ -716,29 +716,30 @@ from (
     from sqlqueue.lease
     union all
     select
-        job_id, 'succeeded', null, null, null, due_at, started_at, ended_at, run, attempt,
-        crashes, worker_id, started_at - due_at, make_interval(secs => ran), result, null, null
+        job_id, 'succeeded', null, null, null, due_at, started_at, ended_at, run,
+        cast(attempt as integer), crashes, worker_id, started_at - due_at,
+        make_interval(secs => ran), result, null, null
     from sqlqueue.run
     where is_final and outcome = 'succeeded'
     union all
     select
-        job_id, 'failed', outcome, null, null, due_at, started_at, ended_at, run, attempt,
-        crashes, worker_id, started_at - due_at, make_interval(secs => ran), null, error_type,
-        error
+        job_id, 'failed', outcome, null, null, due_at, started_at, ended_at, run,
+        cast(attempt as integer), crashes, worker_id, started_at - due_at,
+        make_interval(secs => ran), null, error_type, error
     from sqlqueue.run
     where is_final and outcome in ('failed', 'timed_out', 'crashed')
     union all
     select
-        job_id, 'cancelled', null, null, null, due_at, started_at, ended_at, run, attempt,
-        crashes, worker_id, started_at - due_at, make_interval(secs => ran), null, error_type,
-        error
+        job_id, 'cancelled', null, null, null, due_at, started_at, ended_at, run,
+        cast(attempt as integer), crashes, worker_id, started_at - due_at,
+        make_interval(secs => ran), null, error_type, error
     from sqlqueue.run
     where is_final and outcome = 'cancelled'
     union all
     select
-        job_id, 'expired', null, null, null, due_at, started_at, ended_at, run, attempt,
-        crashes, worker_id, started_at - due_at, make_interval(secs => ran), null, error_type,
-        error
+        job_id, 'expired', null, null, null, due_at, started_at, ended_at, run,
+        cast(attempt as integer), crashes, worker_id, started_at - due_at,
+        make_interval(secs => ran), null, error_type, error
     from sqlqueue.run
     where is_final and outcome = 'expired'
 ) as place
@@ -772,7 +773,8 @@ join sqlqueue.job on job.id = place.job_id;
 
 create view sqlqueue.runs as
 select
-    job_id, run, attempt, worker_id, started_at, ended_at, make_interval(secs => ran) as ran,
+    job_id, run, cast(attempt as integer) as attempt, worker_id, started_at, ended_at,
+    make_interval(secs => ran) as ran,
     outcome, is_final as final, result, error_type, error, traceback
 from sqlqueue.run
 union all

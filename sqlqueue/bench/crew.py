@@ -185,6 +185,7 @@ class Bare:
             "runs": "{" + ",".join([str(row[1]) for row in ended]) + "}",
             "outcomes": "{" + ",".join(["succeeded"] * len(ended)) + "}",
             "rans": "{" + ",".join(["0"] * len(ended)) + "}",
+            "patience": None,
         }
         self._rows("finish", {**params, **empty})
 
