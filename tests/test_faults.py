@@ -198,7 +198,7 @@ def test_a_tree_lets_jobs_end_when_it_is_told_to_stop(queue, engine, migrated_ur
     assert (long.refresh().state, long.attempt) == ("ready", 1)
     took = seconds_between(engine, long, "told again")
     print(f"handed back {took:.2f} s after the second signal")
-    assert took < 1
+    assert 0 <= took < 1
     assert workers(engine) == {}
 
 
