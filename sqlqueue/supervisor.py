@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("sqlqueue.supervisor")
 LOOK_EVERY = 0.2  # seconds
 RESTART_AFTER = 1.0  # seconds between two starts of a child that keeps dying
-SWITCH_EVERY = 0.0005  # seconds: turns wait for the interpreter's lock behind tasks; 0.005 is usual
+SWITCH_EVERY = 0.0001  # seconds: turns wait for the interpreter's lock behind tasks; 0.005 is usual
 STUCK = 75  # exit code of a child that is to be replaced
 SILENT_TTLS = 10  # a child that gives no sign for this many ttl is killed
 

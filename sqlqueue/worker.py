@@ -442,5 +442,7 @@ class Worker:
             with suppress(*DatabaseError), self._link.begin(self.options.ttl) as conn:
                 self.queue.store.disarm(conn, self.lanes.names, self.id)
                 self.queue.store.unregister(conn, self.id)
+                # Others look for what was handed back; our own listener wakes to end.
+                self.queue.store.pass_on(conn, Lane(self.lanes.names[0], 0))
         self._link.close()
         log.info("worker %d: stopped after %d runs", self.id, self._taken)
