@@ -7,6 +7,7 @@ that come through a pipe. What is bare uses psycopg and the SQL of the product, 
 import json
 import os
 import random
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -25,6 +26,7 @@ from sqlqueue.options import Options
 from sqlqueue.process import die_with_parent
 from sqlqueue.queue import Queue
 from sqlqueue.store import Store, statement
+from sqlqueue.supervisor import SWITCH_EVERY
 
 Pipe: TypeAlias = "Connection[Any, Any]"
 BATCH = 500  # jobs that a bare loop claims and finishes at a time
@@ -111,8 +113,9 @@ def connect(url: str) -> psycopg.Connection:
 
 
 def worker(pipe: Pipe, url: str, name: str, options: dict[str, Any]) -> None:
-    """Be a worker process: one Worker. Orders: begin, and stop."""
+    """Be a worker process, as the supervisor starts them. Orders: begin, and stop."""
     die_with_parent()
+    sys.setswitchinterval(SWITCH_EVERY)
     queue = tasks.at(url)
     timed = Timed(queue.store)
     queue.store = cast(Store, timed)
