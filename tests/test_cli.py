@@ -707,7 +707,7 @@ def ended(shop: Shop) -> dict[str, str]:
     jobs["failed"] = job_of(shop.run("enqueue", "fail"))
     shop.work()
     jobs["scheduled"] = job_of(shop.run("enqueue", "add", "1", "--delay", "1h"))
-    jobs["ready"] = job_of(shop.run("enqueue", "next_day", "2026-11-20T09:00Z"))
+    jobs["ready"] = job_of(shop.run("enqueue", "next_day", "2026-11-20T09:00:00Z"))
     return jobs
 
 
@@ -939,7 +939,7 @@ def test_a_worker_logs_as_it_is_told(shop: Shop):
 
 
 def test_a_worker_keeps_to_its_queues_and_its_number_of_runs(shop: Shop):
-    later = job_of(shop.run("enqueue", "next_day", "2026-11-20T09:00Z"))
+    later = job_of(shop.run("enqueue", "next_day", "2026-11-20T09:00:00Z"))
     jobs = [job_of(shop.run("enqueue", "add", str(n))) for n in range(3)]
 
     words = ("worker", "-A", "tasks_here", "default", "--max-jobs", "2", "--slots", "1")

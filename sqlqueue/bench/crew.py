@@ -40,11 +40,18 @@ insert into plain (id, timeout, priority, attempts, max_crashes, keep, task, que
 values (%(id)s, %(timeout)s, %(priority)s, %(attempts)s, %(max_crashes)s, %(keep)s, %(task)s,
     %(queue)s, %(args)s)
 """
-PLAIN_BULK = """
-insert into plain (id, timeout, priority, attempts, max_crashes, keep, task, queue, args)
-select id, %(timeout)s, %(priority)s, %(attempts)s, %(max_crashes)s, %(keep)s, %(task)s,
-    %(queue)s, given.args
-from unnest(cast(%(ids)s as uuid[]), cast(%(args)s as jsonb[])) as given (id, args)
+BULK_INSERT = """
+with added as (
+    insert into sqlqueue.job (
+        id, timeout, priority, attempts, max_crashes, keep, task, queue, args
+    )
+    select id, %(timeout)s, %(priority)s, %(attempts)s, %(max_crashes)s, %(keep)s, %(task)s,
+        %(queue)s, given.args
+    from unnest(cast(%(ids)s as uuid[]), cast(%(args)s as jsonb[])) as given (id, args)
+    returning id
+)
+insert into sqlqueue.ready (job_id, due_at, priority, queue)
+select id, now(), %(priority)s, %(queue)s from added
 """
 
 

@@ -14,7 +14,7 @@ from sqlalchemy import make_url
 
 from sqlqueue.bench import tasks
 from sqlqueue.bench.crew import (
-    PLAIN_BULK,
+    BULK_INSERT,
     SLOW_BATCH,
     Crew,
     bare_listener,
@@ -97,7 +97,10 @@ def _rate(crew: Crew, way: str, scale: Scale) -> Callable[[], float]:
 
 
 def bulk(url: str, scale: Scale) -> Iterator[Figure]:
-    """Enqueue many at once; the ceiling is `insert ... select from unnest` of the same rows."""
+    """Enqueue many at once; the ceiling is a bare `insert ... select from unnest` of the same rows.
+
+    Those are the rows of `job` and of `ready`.
+    """
     queue, numbers = tasks.at(url), range(scale.bulk)
     task = tasks.on_loop.using(queue="bulk")
     row = task.options.params | {"task": task.name}
@@ -114,7 +117,7 @@ def bulk(url: str, scale: Scale) -> Iterator[Figure]:
             for start in range(0, scale.bulk, BULK_BATCH):
                 some = slice(start, start + BULK_BATCH)
                 arrays = {"ids": "{" + ",".join(ids[some]) + "}", "args": array(args[some])}
-                conn.execute(PLAIN_BULK, row | arrays)
+                conn.execute(BULK_INSERT, row | arrays)
         return scale.bulk / (time.monotonic() - began)
 
     yield Figure(name="bulk", unit="jobs/s", pairs=in_turn(scale.pairs, ours, bare))
