@@ -9,11 +9,11 @@ import logging
 import os
 import resource
 import signal
-import sys
 import threading
 from functools import reduce
 from multiprocessing import get_context, parent_process
 from multiprocessing.connection import Connection
+from pathlib import Path
 from time import monotonic
 from typing import Any
 
@@ -24,7 +24,6 @@ from sqlqueue.task import Task
 
 log = logging.getLogger("sqlqueue.worker")
 SPAWN = get_context("spawn")
-RSS_UNIT = 1 if sys.platform == "darwin" else 1024  # bytes in a unit of ru_maxrss
 
 
 class Child:
@@ -154,5 +153,16 @@ def _serve(pipe: "Connection[Any, Any]") -> None:
             ended = perform.alone(run)
         except Exception as error:  # importing runs user code
             ended = run.failed(error)
-        rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * RSS_UNIT
-        pipe.send((ended, rss))
+        pipe.send((ended, resident_bytes()))
+
+
+def resident_bytes() -> int:
+    """Return the memory this process has now; where the system does not tell, its peak.
+
+    On Linux the peak will not do: a process inherits that of the parent that started it.
+    """
+    try:
+        pages = Path("/proc/self/statm").read_text("ascii").split()[1]
+        return int(pages) * resource.getpagesize()
+    except OSError:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -118,11 +118,15 @@ def segfault() -> None:
     ctypes.string_at(0)
 
 
+LEAKED: list[bytearray] = []
+
+
 @queue.task(name="allocate", executor="process")
 def allocate(megabytes: int) -> int:
-    """Use memory; return the id of the child process."""
+    """Use memory and keep it, as a leak would; return the id of the child process."""
     bytes_used = bytearray(megabytes << 20)
     bytes_used[::4096] = b"x" * len(bytes_used[::4096])
+    LEAKED.append(bytes_used)
     return os.getpid()
 
 

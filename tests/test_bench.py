@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 from sqlalchemy import create_engine, text
 
-from sqlqueue.bench import MEASURES, measure
+from sqlqueue.bench import LONG, MEASURES, measure
 from sqlqueue.bench.figure import Figure, in_turn, percentile
 from sqlqueue.bench.measures import QUICK
 
@@ -47,6 +47,13 @@ def test_every_figure_stands_beside_the_ceiling_of_its_run(server_url):
         else:
             assert one["ratio"] == pytest.approx(one["value"] / one["ceiling"])
     assert not exists(server_url, f"sqlqueue_bench_{os.getpid()}")
+
+
+def test_ringing_is_measured_beside_silence(server_url):
+    figures = measure(server_url, TINY, {"ring": LONG["ring"]})
+
+    assert [figure.name for figure in figures] == ["ring_busy", "ring_keep_up"]
+    assert all(ours > 0 and silent > 0 for figure in figures for ours, silent in figure.pairs)
 
 
 def test_the_ratio_is_the_median_of_the_pairs():

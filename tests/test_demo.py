@@ -100,7 +100,7 @@ def test_a_demo_that_is_interrupted_leaves_nothing_behind(
 
     assert (process.returncode, errors) == (130, ""), told
     assert "Checks" not in told
-    wait_until(lambda: not left_in(area), what="the end of all processes")
+    wait_until(lambda: not left_in(area), within=30, what="the end of all processes")
 
 
 PATHS = "select args ->> 'path' from sqlqueue.jobs where task = 'library.count' order by id"

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import partial
+from itertools import count, islice
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple, TypeAlias, cast
@@ -149,6 +150,7 @@ class Timed:
         return getattr(self._store, name)
 
     def claim(self, *args: Any) -> Any:
+        """Claim, and note for how long."""
         began = time.perf_counter()
         rows = self._store.claim(*args)
         self.claims.append((time.time(), time.perf_counter() - began))
@@ -250,7 +252,7 @@ def client(pipe: Pipe, url: str, name: str) -> None:
     ways: dict[str, Callable[[Any], object]] = {
         "ours": partial(_rate, partial(tasks.on_loop.using(queue=name).enqueue, 1)),
         "bare": partial(_rate, _inserts(url, name)),
-        "slow": partial(_enqueue_slowly, queue, name),
+        "slow": partial(_enqueue_slowly, queue, name, count(os.getpid() * 10_000_000)),
     }
     pipe.send("ready")
     with suppress(EOFError):
@@ -275,15 +277,16 @@ def _inserts(url: str, name: str) -> Callable[[], object]:
     return lambda: conn.execute(PLAIN_INSERT, {**row, "id": new_id()})
 
 
-def _enqueue_slowly(queue: Queue, name: str, transactions: int) -> dict[int, float]:
+def _enqueue_slowly(
+    queue: Queue, name: str, numbers: Iterator[int], transactions: int
+) -> dict[int, float]:
     """Enqueue a few jobs in each transaction, held open for a while; return when it committed."""
     task = tasks.stamp.using(queue=name)
     sent: dict[int, float] = {}
-    first = os.getpid() * 10_000_000
-    for start in range(first, first + transactions * SLOW_BATCH, SLOW_BATCH):
-        numbers = range(start, start + SLOW_BATCH)
+    for _ in range(transactions):
+        some = list(islice(numbers, SLOW_BATCH))
         with queue.engine.begin() as conn:
-            queue.using(conn).enqueue_many(task.s(n) for n in numbers)
+            queue.using(conn).enqueue_many(task.s(n) for n in some)
             time.sleep(random.uniform(0, HELD_OPEN))
-        sent |= dict.fromkeys(numbers, time.time())
+        sent |= dict.fromkeys(some, time.time())
     return sent

@@ -290,7 +290,7 @@ def pinned(url: str, scale: Scale) -> Iterator[Figure]:
 
 def ring(url: str, scale: Scale) -> Iterator[Figure]:
     """Enqueue from many clients while workers are busy, or just keep up; the ceiling is silence."""
-    silent = make_url(url).update_query_dict({"options": "-c sqlqueue.ring=off"})
+    silent = make_url(url).update_query_dict({"options": "-csqlqueue.ring=off"})
     silent_url = silent.render_as_string(hide_password=False)
     naps = tasks.nap.using(queue="ring_busy")
     tasks.at(url).enqueue_many(naps.s(n) for n in range(BACKLOG))

@@ -6,9 +6,9 @@ says for itself, with `at`.
 
 import asyncio
 import resource
+import sys
 import time
 
-from sqlqueue.process import RSS_UNIT
 from sqlqueue.queue import Queue
 
 WEIGH_EVERY = 100_000  # jobs
@@ -54,5 +54,5 @@ async def stamp(n: int) -> None:
 async def weigh(n: int) -> None:
     """Note now and then the most memory that this process has used, in bytes."""
     if (n + 1) % WEIGH_EVERY == 0:
-        most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * RSS_UNIT
-        stamps.append((n + 1, float(most)))
+        unit = 1 if sys.platform == "darwin" else 1024
+        stamps.append((n + 1, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit))

@@ -63,8 +63,8 @@ later as (
         job_id, due_at, run, failures, crashes, priority, queue, reason
     )
     select
-        job_id, now() + least(greatest(wait, '0'), '100 years'), run, failures_now, crashes_now,
-        priority, queue,
+        job_id, statement_timestamp() + least(greatest(wait, '0'), '100 years'), run,
+        failures_now, crashes_now, priority, queue,
         case when outcome = 'snoozed' then 'snooze' else 'retry' end
     from counted
     where wait is not null and outcome not in ('returned', 'crashed')
