@@ -125,10 +125,12 @@ def demo(folder: Path | None) -> int:
         raise KeyboardInterrupt
 
     console = Console(highlight=False)
-    before = signal.signal(signal.SIGINT, interrupt)
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # until there is somebody to clean up
+    scratch = TemporaryDirectory(prefix="sqlqueue-demo-")
     try:
-        console.print("Starting a Postgres of our own: a throwaway folder, fsync on")
-        with TemporaryDirectory(prefix="sqlqueue-demo-") as place:
+        with scratch as place:
+            signal.signal(signal.SIGINT, interrupt)
+            console.print("Starting a Postgres of our own: a throwaway folder, fsync on")
             holds = _perform(console, _documents(folder, Path(place)), Path(place) / "log")
             code = 0 if holds else 1
     except KeyboardInterrupt:

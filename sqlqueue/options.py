@@ -106,6 +106,11 @@ class Options:
         return replace(self, **changes) if changes else self
 
     @cached_property
+    def key(self) -> str:
+        """Text that is the same for options that are stored the same."""
+        return repr(self.params)
+
+    @cached_property
     def params(self) -> dict[str, Any]:
         """The parameters of enqueue.sql; made once, since tasks share their options."""
         is_relative = isinstance(self.expires, timedelta)

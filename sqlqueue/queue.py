@@ -157,9 +157,9 @@ class Queue:
         return await asyncio.to_thread(self._write, work)
 
     def _add(self, conn: Executes, calls: list[Call]) -> int:
-        groups: dict[tuple[str, int], list[Call]] = {}
+        groups: dict[tuple[str, str], list[Call]] = {}
         for call in calls:
-            groups.setdefault((call.task, id(call.options)), []).append(call)
+            groups.setdefault((call.task, call.options.key), []).append(call)
         added = 0
         for same in groups.values():
             count = self.store.enqueue(

@@ -298,3 +298,22 @@ def test_dead_rows_that_cannot_be_removed_cost_nothing(create_database, store) -
     assert without_floor > 5 * clean["claim"]  # the dead rows are there
     for verb, count in dirty.items():
         assert count <= 2 * clean[verb], f"{verb}: {clean[verb]} -> {count}"
+
+
+def test_a_finish_reads_only_what_it_ends_although_lease_was_analyzed_while_empty(
+    conn: Connection, store: Store
+) -> None:
+    worker = hire(conn, store)
+    store.begin(conn, TTL)
+    for analyze in (True, False):
+        enqueue(conn, store, 2_000)
+        batches = [store.claim(conn, LANE, 0, 500, worker) for _ in range(4)]
+        ended = [[Ended(o.job_id, o.run, "succeeded") for o in rows] for rows in batches]
+        if analyze:  # it has pages, and no rows
+            for some in ended:
+                store.finish(conn, some)
+            conn.execute(text("analyze sqlqueue.lease"))
+
+    taken = blocks(conn, lambda store, conn, _: store.finish(conn, ended[-1]))
+
+    assert taken < 20 * len(ended[-1])  # each lease beside each run would be 1,000,000 pairs

@@ -10,7 +10,7 @@
 -- runs again, null that it has ended. A job that somebody asked to cancel does not run again.
 with held as materialized (
     select
-        lease.ctid as place, lease.job_id, lease.due_at, lease.run, lease.failures,
+        lease.place, lease.job_id, lease.due_at, lease.run, lease.failures,
         lease.crashes, lease.priority, lease.queue, lease.seq, lease.worker_id,
         lease.claimed_at, ended.wait, ended.ran, ended.result, ended.error_type, ended.error,
         ended.traceback, ended.outcome,
@@ -23,8 +23,14 @@ with held as materialized (
         cast(:results as jsonb[]), cast(:error_types as text[]), cast(:errors as text[]),
         cast(:tracebacks as text[])
     ) as ended (job_id, run, outcome, wait, ran, result, error_type, error, traceback)
-    join sqlqueue.lease on lease.job_id = ended.job_id and lease.run = ended.run
-    for update of lease skip locked
+    cross join lateral (  -- never the other way round, which reads every lease
+        select
+            ctid as place, job_id, due_at, run, failures, crashes, priority, queue, seq,
+            worker_id, claimed_at
+        from sqlqueue.lease
+        where lease.job_id = ended.job_id and lease.run = ended.run
+        for update skip locked
+    ) as lease
 ),
 freed as (
     delete from sqlqueue.lease
@@ -63,7 +69,7 @@ later as (
         job_id, due_at, run, failures, crashes, priority, queue, reason
     )
     select
-        job_id, statement_timestamp() + least(greatest(wait, '0'), '100 years'), run,
+        job_id, now() + least(greatest(wait, '0'), '100 years'), run,
         failures_now, crashes_now, priority, queue,
         case when outcome = 'snoozed' then 'snooze' else 'retry' end
     from counted
