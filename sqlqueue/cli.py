@@ -46,8 +46,8 @@ Kwargs = dict[str, Any]
 # Exit codes; 0 is done, and 2, which is click's, misused.
 FAILED, UNREACHABLE, SCHEMA, NOTHING, IN_PART, TOO_LONG, INTERRUPTED = 1, 3, 4, 5, 6, 124, 130
 CODES: dict[type, int] = {JobNotFound: NOTHING, SchemaMismatch: SCHEMA}
-UNSUCCESSFUL = ("failed", "cancelled", "expired")
-STATES = (*LIVE, "succeeded", *UNSUCCESSFUL)
+RETRYABLE = ("failed", "cancelled")  # as retry.sql has it
+STATES = (*LIVE, "succeeded", *RETRYABLE, "expired")
 SECONDS = {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400}
 SIZES = {"": 0, "K": 10, "M": 20, "G": 30}  # powers of two
 KEYWORD = re.compile(r"([A-Za-z_]\w*)(:?=)(.*)", re.DOTALL)
@@ -481,12 +481,12 @@ def result(control: Control, job: UUID, wait: bool, wait_for: timedelta | None) 
 @json_option
 @click.pass_context
 def retry(ctx: click.Context, /, **given: Any) -> None:
-    """Make jobs that ended without success ready again; past runs are kept.
+    """Make jobs that failed or were cancelled ready again; past runs are kept.
 
     With - for JOB, ids are the first words of the lines on stdin. Exits 1 if none could be, 6 if
     only some.
     """
-    change(ctx, UNSUCCESSFUL, Job.retry, **given)
+    change(ctx, RETRYABLE, Job.retry, **given)
 
 
 @jobs.command()
