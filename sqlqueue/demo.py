@@ -31,6 +31,7 @@ from sqlalchemy.orm import Session
 from sqlqueue import Queue, Retry, WorkerOptions, current_run, migrate
 from sqlqueue.embedded import Server
 from sqlqueue.process import SPAWN, die_with_parent
+from sqlqueue.reports import autocommit
 from sqlqueue.supervisor import Supervisor
 
 # The application: a library that counts the words of its documents.
@@ -169,7 +170,7 @@ def _perform(console: Console, documents: Mapping[str, Path], log: Path) -> bool
         with queue.engine.begin() as conn:
             conn.execute(text(LIBRARY))
         console.print(f"Postgres {server.version} runs; starting two worker processes")
-        with _tree(server.url, log) as tree, queue.autocommit() as conn:
+        with _tree(server.url, log) as tree, autocommit(queue.engine) as conn:
             bar = Progress(BarColumn(20), "{task.description}", console=console)
             bar.disable = not console.is_terminal
             with bar:

@@ -10,14 +10,16 @@ import threading
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextlib import suppress
+from contextvars import Context
 from queue import Empty, SimpleQueue
 from time import monotonic
 from typing import Any, Protocol, cast
 
-from sqlqueue.run import Run
+from sqlqueue.run import Run, has_traces
 from sqlqueue.store import Ended
 
 log = logging.getLogger("sqlqueue.worker")
+IN_A_ROW = 32  # runs that a slot takes before it lets others use the loop
 # How a run ended; None if the task finished its job itself.
 Done = Callable[[Run, Ended | None], None]
 
@@ -41,23 +43,24 @@ class Executor(Protocol):
 class LoopExecutor:
     """Runs `async def` tasks on an event loop in a thread of its own.
 
-    Each run is a task of the loop from the start, and waits there for a slot: those that end
-    without waiting for anything all run in one round of the loop.
+    Each run has a task of the loop to itself, but for those that end without waiting for
+    anything and leave no traces in their context: the next run goes on in the same task, since
+    making one costs more than they do.
     """
 
     def __init__(
         self,
         slots: int,
-        perform: Callable[[Run], Awaitable[Ended | None]],
+        perform: Callable[[Run], Coroutine[Any, Any, Ended | None]],
         close: Callable[[], Coroutine[Any, Any, None]],
         done: Done,
     ) -> None:
+        self._slots = slots
         self._perform = perform
         self._close = close
         self._done = done
         self._waiting: deque[Run] = deque()
-        self._slots = asyncio.Semaphore(slots)
-        self._tasks: set[asyncio.Task[Any]] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._run, name="sqlqueue loop", daemon=True)
         self._thread.start()
@@ -68,12 +71,12 @@ class LoopExecutor:
 
     def submit(self, runs: Sequence[Run]) -> None:
         self._waiting.extend(runs)
-        self._loop.call_soon_threadsafe(self._begin, len(runs))
+        self._loop.call_soon_threadsafe(self._fill)
 
     def withdraw(self) -> list[Run]:
         withdrawn: list[Run] = []
-        while self._waiting:
-            with suppress(IndexError):  # the loop took the last one
+        with suppress(IndexError):  # the loop took the last one
+            while True:
                 withdrawn.append(self._waiting.pop())
         return withdrawn
 
@@ -88,26 +91,61 @@ class LoopExecutor:
         asyncio.run_coroutine_threadsafe(self._end(), self._loop)
         self._thread.join(timeout=1)
 
-    def _begin(self, runs: int) -> None:
-        self._tasks.update([self._loop.create_task(self._work()) for _ in range(runs)])
+    def _fill(self) -> None:
+        for _ in range(min(len(self._waiting), self._slots - len(self._tasks))):
+            work = self._loop.create_task(self._serve(), context=Context())
+            self._tasks.add(work)
 
-    async def _work(self) -> None:
+    async def _serve(self) -> None:
         task = cast("asyncio.Task[None]", asyncio.current_task())
-        async with self._slots:
-            if not self._waiting:
-                return  # it was withdrawn
-            run = self._waiting.popleft()
-            run.handle = task
-            try:
-                ended = await self._perform(run)
-            except asyncio.CancelledError as error:  # while it cleaned up
-                ended = run.failed(error)
-            self._done(run, ended)
-        self._tasks.discard(task)
+        quick = 0
+        try:
+            while self._waiting:
+                run = self._waiting.popleft()
+                run.handle = task
+                steps = _Steps(self._perform(run))
+                try:
+                    ended = await steps
+                except asyncio.CancelledError as error:  # while it cleaned up
+                    ended = run.failed(error)
+                run.handle = None
+                self._done(run, ended)
+                if steps.have_waited or task.cancelling() or has_traces():
+                    return
+                quick += 1
+                if quick % IN_A_ROW == 0:
+                    await asyncio.sleep(0)
+        except IndexError:  # somebody withdrew the last one
+            return
+        finally:
+            self._tasks.discard(task)
+            self._fill()
 
     async def _end(self) -> None:
         await asyncio.wait({*self._tasks, asyncio.create_task(self._close())}, timeout=0.5)
         self._loop.stop()
+
+
+class _Steps(Awaitable[Ended | None]):
+    """A coroutine, to be awaited; says afterwards whether it has waited for anything."""
+
+    def __init__(self, coroutine: Coroutine[Any, Any, Ended | None]) -> None:
+        self._coroutine = coroutine
+        self.have_waited = False
+
+    def __await__(self) -> Any:
+        return self
+
+    def __next__(self) -> Any:
+        return self.send(None)
+
+    def send(self, value: Any) -> Any:
+        waits_for = self._coroutine.send(value)
+        self.have_waited = True
+        return waits_for
+
+    def throw(self, *error: Any) -> Any:
+        return self._coroutine.throw(*error)
 
 
 class ThreadExecutor:

@@ -6,11 +6,11 @@ from datetime import timedelta
 from typing import Any
 
 import psycopg
-from psycopg.rows import namedtuple_row
 from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import SQLAlchemyError
 
 from sqlqueue.store import Executes, Store
+from sqlqueue.transaction import Driver
 
 # What is READ COMMITTED skips locked rows and counts right, whatever the database's default is.
 BEGIN = "begin isolation level read committed;"
@@ -29,11 +29,6 @@ class Link:
         self._conn: Connection | None = None
         self._driver: psycopg.Connection[Any]
 
-    def exec_driver_sql(self, statement: str, parameters: Any = None, /) -> Any:
-        """Run a statement, as a SQLAlchemy Connection does."""
-        cursor = psycopg.Cursor(self._driver, row_factory=namedtuple_row)
-        return cursor.execute(statement, parameters)
-
     @contextmanager
     def begin(self, patience: timedelta) -> Iterator[Executes]:
         """Lend the connection for a transaction that may be silent for `patience`.
@@ -44,7 +39,7 @@ class Link:
             driver = self._open()
             # One round trip: a client-side cursor sends two statements as one text.
             psycopg.ClientCursor(driver).execute(*self._store.beginning(BEGIN, patience))
-            yield self
+            yield Driver(driver)
             driver.commit()
         except DatabaseError:
             self.close()

@@ -18,6 +18,18 @@ from sqlqueue.retry import LONGEST, Retry
 NAME = re.compile(r"[A-Za-z0-9_.:-]{1,100}")
 MAX_HEADER_BYTES = 8 * 1024
 EXECUTORS = ("async", "thread", "process")
+# Options that a job has in columns of the same name, as they are.
+COLUMNS = [
+    "queue",
+    "priority",
+    "max_crashes",
+    "keep",
+    "delay",
+    "run_at",
+    "timeout",
+    "executor",
+    "description",
+]
 
 
 def check_name(what: str, name: str) -> str:
@@ -106,31 +118,24 @@ class Options:
         return replace(self, **changes) if changes else self
 
     @cached_property
-    def key(self) -> str:
-        """Text that is the same for options that are stored the same."""
-        return repr(self.params)
-
-    @cached_property
-    def params(self) -> dict[str, Any]:
-        """The parameters of enqueue.sql; made once, since tasks share their options."""
+    def params(self) -> dict[str, str | None]:
+        """The parameters of enqueue.sql, as text; made once, since tasks share their options."""
         is_relative = isinstance(self.expires, timedelta)
-        return {
-            "queue": self.queue,
-            "priority": self.priority,
+        stored = {name: getattr(self, name) for name in COLUMNS} | {
             "attempts": self.retry.attempts,
-            "max_crashes": self.max_crashes,
-            "keep": self.keep,
-            "delay": self.delay,
-            "run_at": self.run_at,
+            "retry": self.retry.to_json(),
             "expires_in": self.expires if is_relative else None,
             "expires_at": None if is_relative else self.expires,
-            "timeout": self.timeout,
-            "retry": self.retry.to_json(),
-            "executor": self.executor,
             "tags": array(self.tags) if self.tags else None,
-            "description": self.description,
             "headers": json.dumps(dict(self.headers)) if self.headers else None,
         }
+        return {name: _text(value) for name, value in stored.items()}
+
+
+def _text(value: object) -> str | None:
+    if isinstance(value, timedelta):
+        return f"{value // timedelta(microseconds=1)} us"
+    return None if value is None else str(value)
 
 
 def _has_surrogate(word: str) -> bool:

@@ -4,13 +4,13 @@ import asyncio
 import copy
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from datetime import timedelta
 from itertools import islice
 from typing import Any, ParamSpec, TypeVar, overload
 from uuid import UUID
 
-from sqlalchemy import URL, Connection, Engine, create_engine
+from sqlalchemy import URL, Engine, create_engine
 
 from sqlqueue.codec import encode_call
 from sqlqueue.errors import IdOutOfRange
@@ -19,7 +19,14 @@ from sqlqueue.literal import new_id
 from sqlqueue.options import Options, check_name
 from sqlqueue.store import Executes, Store
 from sqlqueue.task import Call, Task
-from sqlqueue.transaction import Transaction, across, savepoint, within, without_parameters
+from sqlqueue.transaction import (
+    Driver,
+    Transaction,
+    across,
+    savepoint,
+    sqlalchemy_errors,
+    within,
+)
 from sqlqueue.worker import Worker, WorkerOptions
 
 P = ParamSpec("P")
@@ -128,7 +135,7 @@ class Queue:
         if self._transaction is not None:
             return within(self._transaction, lambda conn: self._add_all(conn, calls))
         added = 0
-        with self.engine.begin() as conn, without_parameters(), ThreadPoolExecutor(1) as sender:
+        with self.autocommit() as conn, savepoint(conn), ThreadPoolExecutor(1) as sender:
             sent: Future[int] | None = None
             for some in _batches(calls):
                 added += sent.result() if sent else 0
@@ -157,28 +164,32 @@ class Queue:
         return await asyncio.to_thread(self._write, work)
 
     def _add(self, conn: Executes, calls: list[Call]) -> int:
-        groups: dict[tuple[str, str], list[Call]] = {}
+        groups: dict[tuple[str, tuple[Any, ...]], list[Call]] = {}
         for call in calls:
-            groups.setdefault((call.task, call.options.key), []).append(call)
+            groups.setdefault((call.task, tuple(call.options.params.values())), []).append(call)
         added = 0
         for same in groups.values():
-            count = self.store.enqueue(
-                conn,
-                [call.id for call in same],
-                [call.args for call in same],
-                same[0].task,
-                same[0].options.params,
-            )
+            ids, args = [call.id for call in same], [call.args for call in same]
+            count = self.store.enqueue(conn, ids, args, same[0].task, same[0].options.params)
             if count is None:
                 raise IdOutOfRange()
             added += count
         return added
 
     @contextmanager
-    def autocommit(self) -> Iterator[Connection]:
+    def autocommit(self) -> Iterator[Executes]:
         """Lend a connection on which every statement is a transaction of its own."""
-        with self.engine.connect() as conn, without_parameters():
-            yield conn.execution_options(isolation_level="AUTOCOMMIT")
+        with closing(self.engine.raw_connection()) as pooled:
+            driver: Any = pooled.driver_connection
+            before, driver.autocommit = driver.autocommit, True
+            try:
+                with sqlalchemy_errors():
+                    yield Driver(driver)
+            finally:
+                if driver.closed:
+                    pooled.invalidate()
+                else:
+                    driver.autocommit = before
 
     def worker(self, *queues: str, **options: Any) -> Worker:
         """Return a worker of some queues, `NAME` or `NAME:WEIGHT`, to run in this program.

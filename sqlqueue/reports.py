@@ -22,7 +22,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from sqlalchemy import URL, Connection, make_url, text
+from sqlalchemy import URL, Connection, Engine, make_url, text
 from sqlalchemy.exc import ArgumentError
 
 from sqlqueue.logs import configure_logging
@@ -223,6 +223,13 @@ def load(app: str, url: URL | None, schema: str | None) -> Queue:
     return found
 
 
+@contextmanager
+def autocommit(engine: Engine) -> Iterator[Connection]:
+    """Lend a connection that sees at every statement what others have committed."""
+    with engine.connect() as conn:
+        yield conn.execution_options(isolation_level="AUTOCOMMIT")
+
+
 def imported(name: str) -> Any:
     """Import a module of the application, also from the current folder."""
     if str(Path.cwd()) not in sys.path:
@@ -351,7 +358,7 @@ class Control:
     @contextmanager
     def reports(self) -> Iterator[Reports]:
         """Lend the reports of the database."""
-        with self.queue.autocommit() as conn:
+        with autocommit(self.queue.engine) as conn:
             yield Reports(conn, self.queue.store.schema)
 
     def write(self, document: Any, rows: Sequence[Row]) -> None:

@@ -5,20 +5,19 @@ The same code runs in threads, on the event loop and in child processes.
 
 import logging
 import traceback
-from contextvars import ContextVar
+from contextvars import ContextVar, copy_context
 from datetime import UTC, datetime, timedelta
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
 import psycopg
-from sqlalchemy.exc import DBAPIError
 
 from sqlqueue.codec import decode_headers, encode_value
 from sqlqueue.errors import BadArguments, Cancel, LeaseLost, NotRepresentable, RetryIn, Snooze
 from sqlqueue.retry import Retry, class_name
 from sqlqueue.store import Ended, Executes, Store
-from sqlqueue.transaction import Transaction, across, sqlstate, within
+from sqlqueue.transaction import Transaction, across, within
 
 if TYPE_CHECKING:
     from sqlqueue.task import Task
@@ -31,6 +30,11 @@ _current: ContextVar["Run"] = ContextVar("sqlqueue_run")
 def current_run() -> "Run":
     """Return the run that this code is part of. Raises LookupError outside a task."""
     return _current.get()
+
+
+def has_traces() -> bool:
+    """Whether code of a task has set a context variable in this context, which began empty."""
+    return any(variable is not _current for variable in copy_context())
 
 
 class Run:
@@ -137,9 +141,7 @@ class Run:
         def work(conn: Executes) -> None:
             try:
                 finished = self._store.finish(conn, [ended], self._patience)
-            except (DBAPIError, psycopg.errors.SerializationFailure) as error:
-                if sqlstate(error) != "40001":
-                    raise
+            except psycopg.errors.SerializationFailure as error:
                 raise LeaseLost(self.job_id, self.number) from error
             if not finished:
                 raise LeaseLost(self.job_id, self.number)

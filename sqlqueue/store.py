@@ -99,9 +99,9 @@ class Store:
 
         Returns None, having done nothing, if an id is out of range.
         """
-        params = {"ids": "{" + ",".join(ids) + "}", "args": array(args), "task": task, **options}
-        added: int | None = self._rows(conn, "enqueue", params)[0][0]
-        return added
+        params = {"ids": "{" + ",".join(ids) + "}", "all_args": array(args), "task": task}
+        row = self._rows(conn, "enqueue", {**options, **params})[0]
+        return row.added if row.are_in_range else None
 
     def begin(self, conn: Executes, patience: timedelta) -> None:
         """Prepare a transaction of the worker's: plans by index only, long silence is ended."""

@@ -56,7 +56,6 @@ class Task(Generic[P, R]):
         self._decide = options.retry.decide
         self.options = self._checked(options)
         self._queue = queue
-        self._transaction: Transaction | None = None
         self._id: str | None = None
         self.__doc__ = function.__doc__
         self.__name__ = function.__name__
@@ -87,7 +86,8 @@ class Task(Generic[P, R]):
         Raises TypeError for an unknown option, ValueError for a value that is refused.
         """
         bound = copy.copy(self)
-        bound._transaction = self._transaction if transaction is None else transaction
+        if transaction is not None:
+            bound._queue = self._queue.using(transaction)
         bound._id = self._id if id is None else str(id)
         bound.options = self._checked(self.options.changed(options))
         return bound
@@ -105,11 +105,11 @@ class Task(Generic[P, R]):
 
         Raises BadArguments, NotRepresentable or IdOutOfRange, having written nothing.
         """
-        return self._queue.using(self._transaction).enqueue(self.s(*args, **kwargs))
+        return self._queue.enqueue(self.s(*args, **kwargs))
 
     async def aenqueue(self, *args: P.args, **kwargs: P.kwargs) -> "Job[R]":
         """Do what `enqueue` does, from async code."""
-        return await self._queue.using(self._transaction).aenqueue(self.s(*args, **kwargs))
+        return await self._queue.aenqueue(self.s(*args, **kwargs))
 
     def _checked(self, options: Options) -> Options:
         """Return `options`, or raise ValueError if their executor cannot run this function."""

@@ -1,7 +1,8 @@
 """Writing in the caller's transaction, whatever kind of connection holds it.
 
-What is borrowed is never committed, rolled back or closed here. All logic is written once, over
-something that executes; async callers cross over in `across`, and nowhere else.
+Every statement of ours runs through the driver, on a cursor of our own: what is borrowed keeps its
+settings, and is never committed, rolled back or closed here. All logic is written once, for sync
+code; async callers cross over in `across`, and nowhere else.
 """
 
 from collections.abc import Callable, Iterator
@@ -9,7 +10,7 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import psycopg
-from psycopg.rows import tuple_row
+from psycopg.rows import namedtuple_row
 from sqlalchemy import Connection
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
@@ -30,16 +31,16 @@ Transaction = (
 )
 
 
-class _Raw:
-    """A psycopg connection, through a cursor of our own: its settings stay its own."""
+class Driver:
+    """A psycopg connection, as the store uses it."""
 
-    def __init__(self, connection: psycopg.Connection[Any]) -> None:
+    def __init__(self, connection: Any) -> None:
         self._connection = connection
 
     def exec_driver_sql(self, statement: str, parameters: Any = None, /) -> Any:
-        return psycopg.Cursor(self._connection, row_factory=tuple_row).execute(
-            statement, parameters
-        )
+        """Run a statement, as a SQLAlchemy Connection does."""
+        cursor = psycopg.Cursor(self._connection, row_factory=namedtuple_row)
+        return cursor.execute(statement, parameters)
 
 
 class _Rows(list[Any]):
@@ -47,14 +48,14 @@ class _Rows(list[Any]):
         return self
 
 
-class _AsyncRaw:
+class _AsyncDriver:
     """The same for an async psycopg connection, inside `greenlet_spawn`."""
 
-    def __init__(self, connection: psycopg.AsyncConnection[Any]) -> None:
+    def __init__(self, connection: Any) -> None:
         self._connection = connection
 
     def exec_driver_sql(self, statement: str, parameters: Any = None, /) -> Any:
-        cursor = psycopg.AsyncCursor(self._connection, row_factory=tuple_row)
+        cursor = psycopg.AsyncCursor(self._connection, row_factory=namedtuple_row)
         await_only(cursor.execute(statement, parameters))
         return _Rows(await_only(cursor.fetchall()) if cursor.description else ())
 
@@ -67,9 +68,12 @@ def within(transaction: Transaction, work: Callable[[Executes], T]) -> T:
     if isinstance(transaction, Session):
         transaction = transaction.connection()
     if isinstance(transaction, Connection):
-        return _guarded(_checked(transaction), work)
+        if not _checked(transaction).in_transaction():
+            transaction.begin()  # as its own statements do
+        with sqlalchemy_errors():
+            return work(Driver(transaction.connection.driver_connection))
     if isinstance(transaction, psycopg.Connection):
-        return work(_Raw(transaction))
+        return work(Driver(transaction))
     if isinstance(transaction, AsyncSession | AsyncConnection | psycopg.AsyncConnection):
         raise UnsupportedTransaction(
             f"{type(transaction).__name__} is async: await the method whose name begins with `a`"
@@ -85,12 +89,14 @@ async def across(transaction: Transaction, work: Callable[[Executes], T]) -> T:
     if isinstance(transaction, AsyncSession):
         transaction = await transaction.connection()
     if isinstance(transaction, AsyncConnection):
-        return await transaction.run_sync(lambda conn: _guarded(_checked(conn), work))
+        if not _checked(transaction).in_transaction():
+            await transaction.begin()
+        pooled = await transaction.get_raw_connection()
+        with sqlalchemy_errors():
+            return await greenlet_spawn(work, _AsyncDriver(pooled.driver_connection))
     if isinstance(transaction, psycopg.AsyncConnection):
-        return await greenlet_spawn(work, _AsyncRaw(transaction))
-    if isinstance(transaction, Session | Connection | psycopg.Connection):
-        return within(transaction, work)
-    raise _unsupported(transaction)
+        return await greenlet_spawn(work, _AsyncDriver(transaction))
+    return within(transaction, work)
 
 
 @contextmanager
@@ -102,9 +108,7 @@ def savepoint(conn: Executes) -> Iterator[None]:
     undo, end = "rollback to savepoint sqlqueue_many", "release savepoint sqlqueue_many"
     try:
         conn.exec_driver_sql("savepoint sqlqueue_many")
-    except (DBAPIError, psycopg.Error) as error:
-        if sqlstate(error) != "25P01":  # no active transaction
-            raise
+    except psycopg.errors.NoActiveSqlTransaction:
         conn.exec_driver_sql("begin")
         undo, end = "rollback", "commit"
     try:
@@ -116,28 +120,19 @@ def savepoint(conn: Executes) -> Iterator[None]:
         conn.exec_driver_sql(end)
 
 
-def sqlstate(error: Exception) -> str | None:
-    """Return the SQLSTATE of an error of the driver, whether or not SQLAlchemy wrapped it."""
-    state: str | None = getattr(getattr(error, "orig", error), "sqlstate", None)
-    return state
-
-
 @contextmanager
-def without_parameters() -> Iterator[None]:
-    """Keep parameters out of the message of a database error: they hold arguments of jobs."""
+def sqlalchemy_errors() -> Iterator[None]:
+    """Raise errors of the driver as SQLAlchemy does, but without parameters: those are secret."""
     try:
         yield
-    except DBAPIError as error:
-        error.hide_parameters = True
-        raise
+    except psycopg.Error as error:
+        raise DBAPIError.instance(None, None, error, psycopg.Error, True) from error
 
 
-def _guarded(conn: Executes, work: Callable[[Executes], T]) -> T:
-    with without_parameters():
-        return work(conn)
+C = TypeVar("C", Connection, AsyncConnection)
 
 
-def _checked(conn: Connection) -> Connection:
+def _checked(conn: C) -> C:
     if conn.dialect.driver not in ("psycopg", "psycopg_async"):
         raise UnsupportedTransaction(
             f"sqlqueue writes through the driver psycopg, and this connection uses "

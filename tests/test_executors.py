@@ -5,6 +5,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
+from contextvars import ContextVar
 from datetime import timedelta
 from time import monotonic
 from types import ModuleType
@@ -47,6 +48,70 @@ def app(engine: Engine, migrated_url: str) -> Iterator[ModuleType]:
 def ended(job: Job[Any]) -> Job[Any]:
     wait_until(lambda: job.refresh().has_ended, within=20, what=f"the end of {job}")
     return job
+
+
+# One run after another on the loop
+
+WORD: ContextVar[str] = ContextVar("word")
+
+
+def test_a_coroutine_finds_nothing_that_another_left_behind(queue):
+    visited: set[Any] = set()
+
+    @queue.task(name="leave")
+    async def leave(waits: bool, sets: bool) -> list[str]:
+        found = [WORD.get("nothing")]
+        task = asyncio.current_task()
+        if task in visited:
+            found.append("a task that waited")
+        if sets:
+            WORD.set("mine")
+        if waits:
+            await asyncio.sleep(0)
+            visited.add(task)
+        return found
+
+    kinds = [(True, False), (False, True), (False, False)]
+    jobs = [leave.enqueue(*kind) for kind in kinds * 20]
+    with queue.worker("default", slots=2, **POLLING):
+        assert [job.wait(SOON) for job in jobs] == [["nothing"]] * len(jobs)
+
+
+def test_a_coroutine_that_cancels_itself_too_late_cancels_no_other(queue):
+    @queue.task(name="cancel_late", retry=ONCE)
+    async def cancel_late() -> None:
+        asyncio.current_task().cancel()
+
+    @queue.task(name="wait_a_little", retry=ONCE)
+    async def wait_a_little() -> str:
+        await asyncio.sleep(0)
+        return "done"
+
+    jobs = [one.enqueue() for one in [cancel_late, wait_a_little] * 20]
+    with queue.worker("default", slots=1, **POLLING):
+        assert [job.wait(SOON) for job in jobs] == [None, "done"] * 20
+
+
+def test_quick_coroutines_let_the_others_on_the_loop_have_their_turns(queue):
+    """Thousands that never wait are not run in one go."""
+    seen, rounds = [], []
+
+    @queue.task(name="quick")
+    async def quick() -> None:
+        seen.append(len(seen))
+
+    @queue.task(name="counting")
+    async def counting() -> None:
+        while len(seen) < 2000:
+            rounds.append(len(seen))
+            await asyncio.sleep(0)
+
+    job = counting.enqueue()
+    queue.enqueue_many(quick.s() for _ in range(2000))
+    with queue.worker("default", slots=2, **POLLING):
+        job.wait(SOON)
+
+    assert len(set(rounds)) > 2000 / 100
 
 
 # Time limits

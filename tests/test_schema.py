@@ -15,7 +15,7 @@ import pytest
 from sqlalchemy import Engine, create_engine, make_url, text
 from sqlalchemy.exc import OperationalError
 
-from sqlqueue import Queue, migrate
+from sqlqueue import Queue, migrate, store
 
 ROOT = Path(__file__).parent.parent
 SCHEMA = (ROOT / "docs/reference/schema.sql").read_text("utf-8")
@@ -306,3 +306,19 @@ def test_the_wheel_migrates(database, tmp_path) -> None:
     command = tmp_path / "venv" / "bin" / "sqlqueue"
     run(command, "--url", url_of(database), "--schema", "tenant_a", "migrate", cwd=tmp_path)
     assert Queue(database, schema="tenant_a").send("greet").state == "ready"
+
+
+def test_the_function_enqueue_runs_the_statement_that_python_sends(engine) -> None:
+    with engine.connect() as conn:
+        source = conn.scalar(text("select prosrc from pg_proc where proname = 'enqueue'"))
+
+    sent = re.sub(
+        r"cast\(%\((\w+)\)s as [a-z\[\]]+\)", r"\1", store.statement("enqueue", "sqlqueue")
+    )
+
+    assert plain(sent) in plain(re.sub(r"\benqueue\.(?=\w+\b)", "", source))
+
+
+def plain(sql: str) -> str:
+    """SQL without comments, and without white space but for single spaces between words."""
+    return re.sub(r"\s*(\W)\s*", r"\1", re.sub(r"\s+", " ", re.sub(r"--.*", "", sql)))

@@ -302,7 +302,7 @@ create table sqlqueue.doorbell (
     primary key (queue, rings_until)
 ) with (
     autovacuum_vacuum_scale_factor=0,
-    autovacuum_vacuum_threshold=20000,
+    autovacuum_vacuum_threshold=1000,
     autovacuum_vacuum_cost_delay=0,
     vacuum_truncate=off
 );

@@ -309,7 +309,7 @@ create table sqlqueue.doorbell (
     primary key (queue, rings_until)
 ) with (
     autovacuum_vacuum_scale_factor=0,
-    autovacuum_vacuum_threshold=20000,
+    autovacuum_vacuum_threshold=1000,
     autovacuum_vacuum_cost_delay=0,
     vacuum_truncate=off
 );
@@ -355,11 +355,10 @@ create function sqlqueue.uuid_at(at timestamptz) returns uuid
 language sql immutable strict parallel safe
 as $$
     -- RFC 9562: 48 bits of milliseconds, then version 7, variant 2 and nothing else
-    select cast(encode(overlay(
-        '\x00000000000070008000000000000000'::bytea
-        placing substring(int8send(cast(floor(extract(epoch from at) * 1000) as bigint)) from 3)
-        from 1
-    ), 'hex') as uuid)
+    select cast(
+        lpad(to_hex(cast(floor(date_part('epoch', at) * 1000) as bigint)), 12, '0')
+        || '70008000000000000000' as uuid
+    )
 $$;
 comment on function sqlqueue.uuid_at is 'The lowest uuid v7 of an instant';
 
@@ -402,85 +401,6 @@ $$;
 comment on function sqlqueue.ring is
     'Wakes the worker that sleeps at the bell of a queue, if there is one, when this commits';
 
-create function sqlqueue.enqueue_many(
-    ids uuid[],
-    args jsonb[],
-    task text,
-    queue text,
-    priority integer,
-    attempts integer,
-    max_crashes integer,
-    keep boolean,
-    delay interval default null,
-    run_at timestamptz default null,
-    expires_in interval default null,
-    expires_at timestamptz default null,
-    timeout interval default null,
-    retry jsonb default null,
-    executor text default null,
-    tags text[] default null,
-    description text default null,
-    headers jsonb default null
-) returns integer
-language plpgsql volatile
-as $$
-#variable_conflict use_column
-declare
-    -- When it may start, if that is later than now.
-    later constant timestamptz := nullif(greatest(coalesce(run_at, now() + delay), now()), now());
-    oldest constant uuid :=
-        (select sqlqueue.uuid_at(now() - retention) from sqlqueue.setting);
-    newest constant uuid := sqlqueue.uuid_at(now() + interval '1 day');
-    added integer;
-begin
-    if exists (
-        select
-        from unnest(ids) as given (id)
-        where id < oldest or id > newest or get_byte(uuid_send(id), 6) >> 4 <> 7
-    ) then
-        return null;
-    end if;
-    with added as (
-        insert into sqlqueue.job (
-            id, due_at, expires_at, timeout, priority, attempts, max_crashes, keep, task,
-            queue, args, retry, executor, tags, description, headers
-        )
-        select
-            id, later, coalesce(enqueue_many.expires_at, now() + expires_in),
-            enqueue_many.timeout, enqueue_many.priority, enqueue_many.attempts,
-            enqueue_many.max_crashes, enqueue_many.keep, enqueue_many.task,
-            enqueue_many.queue, given.args, enqueue_many.retry, enqueue_many.executor,
-            enqueue_many.tags, enqueue_many.description, enqueue_many.headers
-        from unnest(ids, enqueue_many.args) as given (id, args)
-        on conflict (id) do nothing
-        returning id
-    ),
-    at_once as (
-        insert into sqlqueue.ready (job_id, due_at, priority, queue)
-        select id, now(), enqueue_many.priority, enqueue_many.queue
-        from added
-        where later is null
-    ),
-    delayed as (
-        insert into sqlqueue.scheduled (job_id, due_at, priority, queue, reason)
-        select id, later, enqueue_many.priority, enqueue_many.queue, 'delay'
-        from added
-        where later is not null
-    )
-    select count(*) into added from added;
-    if added > 0 and later is null then
-        perform sqlqueue.ring(enqueue_many.queue, enqueue_many.priority::text);
-    elsif added > 0 and later < now() + interval '1 second' then
-        -- due before upkeep looks again
-        perform sqlqueue.ring(enqueue_many.queue, 'due');
-    end if;
-    return added;
-end
-$$;
-comment on function sqlqueue.enqueue_many is
-    'What enqueuing means: adds jobs of one task with one set of options, returns how many were '
-    'new, or null, having done nothing, if an id is no uuid v7 of the time allowed';
-
 create function sqlqueue.enqueue(
     task text,
     args jsonb default '{}',
@@ -488,6 +408,7 @@ create function sqlqueue.enqueue(
     priority integer default 0,
     delay interval default null,
     run_at timestamptz default null,
+    expires_in interval default null,
     expires_at timestamptz default null,
     timeout interval default interval '5 minutes',
     attempts integer default 10,
@@ -502,8 +423,11 @@ create function sqlqueue.enqueue(
 ) returns uuid
 language plpgsql volatile
 as $$
+#variable_conflict use_column
 declare
-    new_id constant uuid := coalesce(id, sqlqueue.new_id());
+    ids constant uuid[] := array[coalesce(enqueue.id, sqlqueue.new_id())];
+    all_args constant jsonb[] := array[enqueue.args];
+    done record;
     problem constant text := case
         when task is null or task !~ '^[A-Za-z0-9_.:-]{1,100}$' then 'task is no name'
         when queue is null or queue !~ '^[A-Za-z0-9_.:-]{1,100}$' then 'queue is no name'
@@ -525,10 +449,14 @@ declare
             then 'max_crashes must be at least 1'
         when timeout <= interval '0' then 'timeout must be more than 0'
         when delay not between interval '0' and interval '100 years'
-            then 'delay must be from 0 to 100 years'
+            or expires_in not between interval '0' and interval '100 years'
+            then 'delay and expires_in must be from 0 to 100 years'
         when greatest(run_at, expires_at) > '9999-01-01'
             then 'run_at and expires_at must be before the year 9999'
         when delay is not null and run_at is not null then 'give delay or run_at, not both'
+        when expires_in is not null and expires_at is not null
+            then 'give expires_in or expires_at, not both'
+        when cast(id as text) !~ '^.{14}7' then 'id must be a uuid v7'
         when executor not in ('async', 'thread', 'process')
             then 'executor must be async, thread or process'
         when keep is null then 'keep must be true or false'
@@ -538,15 +466,66 @@ begin
         raise exception 'sqlqueue.enqueue: %; nothing was enqueued', problem
             using errcode = 'invalid_parameter_value';
     end if;
-    if sqlqueue.enqueue_many(
-        array[new_id], array[args], task, queue, priority, attempts, max_crashes, keep, delay,
-        run_at, null, expires_at, timeout, retry, executor, tags, description, headers
-    ) is null then
+    with given as materialized (
+        select
+            sqlqueue.uuid_at(now() + interval '1 day') >= all (ids)
+            and sqlqueue.uuid_at(now() - (select retention from sqlqueue.setting))
+                <= all (ids) as are_in_range
+    ),
+    added as (
+        insert into sqlqueue.job (
+            id, due_at, expires_at, timeout, priority, attempts, max_crashes, keep, task,
+            queue, args, retry, executor, tags, description, headers
+        )
+        select
+            call.id,
+            nullif(greatest(enqueue.run_at, now() + enqueue.delay, now()), now()),
+            coalesce(enqueue.expires_at, now() + enqueue.expires_in),
+            enqueue.timeout, enqueue.priority, enqueue.attempts, enqueue.max_crashes,
+            enqueue.keep, enqueue.task, enqueue.queue, call.args, enqueue.retry,
+            enqueue.executor, enqueue.tags, enqueue.description, enqueue.headers
+        from unnest(ids, all_args) as call (id, args)
+        where (select are_in_range from given)
+        on conflict (id) do nothing
+        returning id, due_at
+    ),
+    at_once as (
+        insert into sqlqueue.ready (job_id, due_at, priority, queue)
+        select id, now(), enqueue.priority, enqueue.queue
+        from added
+        where due_at is null
+    ),
+    later as (
+        insert into sqlqueue.scheduled (job_id, due_at, priority, queue, reason)
+        select id, due_at, enqueue.priority, enqueue.queue, 'delay'
+        from added
+        where due_at is not null
+    )
+    select
+        (select are_in_range from given) as are_in_range,
+        count(*) as added,
+        case
+            when count(*) > 0
+                and coalesce(min(due_at), now()) < now() + interval '1 second'
+                and exists (
+                    select
+                    from sqlqueue.doorbell
+                    where queue = enqueue.queue
+                      and rings_until > statement_timestamp()  -- steps over rows that are dead
+                )
+            then sqlqueue.ring(
+                enqueue.queue,
+                case when min(due_at) is null then cast(enqueue.priority as text) else 'due' end
+            ) is null
+        end as silence
+    from added
+    into done;
+    if not done.are_in_range then
         raise exception 'sqlqueue.enqueue: id must be a uuid v7 between the retention back and '
             'one day ahead; nothing was enqueued'
             using errcode = 'invalid_parameter_value';
     end if;
-    return new_id;
+    return ids[1];
 end
 $$;
 comment on function sqlqueue.enqueue is
@@ -925,7 +904,7 @@ def downgrade() -> None:
             "drop table sqlqueue.job, sqlqueue.ready, sqlqueue.scheduled, sqlqueue.lease,"
             " sqlqueue.run, sqlqueue.worker, sqlqueue.queue, sqlqueue.doorbell,"
             " sqlqueue.cancel_request, sqlqueue.setting;"
-            "drop function sqlqueue.enqueue, sqlqueue.enqueue_many, sqlqueue.tidy,"
+            "drop function sqlqueue.enqueue, sqlqueue.tidy,"
             " sqlqueue.drop_partition, sqlqueue.keep_partition, sqlqueue.ring, sqlqueue.new_id,"
             " sqlqueue.uuid_at"
         )

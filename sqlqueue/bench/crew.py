@@ -46,13 +46,14 @@ with added as (
     insert into sqlqueue.job (
         id, timeout, priority, attempts, max_crashes, keep, task, queue, args
     )
-    select id, %(timeout)s, %(priority)s, %(attempts)s, %(max_crashes)s, %(keep)s, %(task)s,
-        %(queue)s, given.args
+    select id, cast(%(timeout)s as interval), cast(%(priority)s as smallint),
+        cast(%(attempts)s as smallint), cast(%(max_crashes)s as smallint),
+        cast(%(keep)s as boolean), cast(%(task)s as text), cast(%(queue)s as text), given.args
     from unnest(cast(%(ids)s as uuid[]), cast(%(args)s as jsonb[])) as given (id, args)
     returning id
 )
 insert into sqlqueue.ready (job_id, due_at, priority, queue)
-select id, now(), %(priority)s, %(queue)s from added
+select id, now(), cast(%(priority)s as smallint), cast(%(queue)s as text) from added
 """
 
 
@@ -243,15 +244,17 @@ def bare_listener(pipe: Pipe, url: str, name: str) -> None:
 def client(pipe: Pipe, url: str, name: str) -> None:
     """Be a client. Orders: (way, how much).
 
-    ours  enqueues one by one for some seconds; answers how many in a second
-    bare  the same with plain rows of the same size
-    slow  commits a number of transactions slowly; answers when each job was committed
+    ours    enqueues one by one for some seconds; answers how many in a second
+    plain   the same with plain rows of the same size, in transactions of SQLAlchemy
+    driver  the same by bare psycopg
+    slow   commits a number of transactions slowly; answers when each job was committed
     """
     die_with_parent()
     queue = tasks.at(url)
     ways: dict[str, Callable[[Any], object]] = {
         "ours": partial(_rate, partial(tasks.on_loop.using(queue=name).enqueue, 1)),
-        "bare": partial(_rate, _inserts(url, name)),
+        "plain": partial(_rate, _commits(queue, name)),
+        "driver": partial(_rate, _inserts(url, name)),
         "slow": partial(_enqueue_slowly, queue, name, count(os.getpid() * 10_000_000)),
     }
     pipe.send("ready")
@@ -270,11 +273,25 @@ def _rate(one: Callable[[], object], seconds: float) -> float:
     return times / passed
 
 
+def _plain_row(name: str) -> dict[str, Any]:
+    return Options(queue=name).params | {"task": tasks.on_loop.name, "args": '{"n":1}'}
+
+
 def _inserts(url: str, name: str) -> Callable[[], object]:
-    """Return what inserts one plain row of the size of a job, in a transaction of its own."""
-    conn = connect(url)
-    row = Options(queue=name).params | {"task": tasks.on_loop.name, "args": '{"n":1}'}
+    """Return what inserts one plain row of the size of a job, by bare psycopg."""
+    conn, row = connect(url), _plain_row(name)
     return lambda: conn.execute(PLAIN_INSERT, {**row, "id": new_id()})
+
+
+def _commits(queue: Queue, name: str) -> Callable[[], object]:
+    """Return what inserts such a row as an application does, in a transaction of SQLAlchemy."""
+    row = _plain_row(name)
+
+    def one() -> None:
+        with queue.engine.begin() as conn:
+            conn.exec_driver_sql(PLAIN_INSERT, {**row, "id": new_id()})
+
+    return one
 
 
 def _enqueue_slowly(

@@ -85,11 +85,16 @@ FULL = Scale(
 
 
 def enqueue(url: str, scale: Scale) -> Iterator[Figure]:
-    """Enqueue one by one; the ceiling is plain rows of the same size, one by one."""
+    """Enqueue one by one, each in a transaction of its own.
+
+    The ceiling is plain rows of the same size, inserted by an application through the same
+    SQLAlchemy engine; and, far above, by bare psycopg on a connection that it keeps.
+    """
     for clients in (1, CLIENTS):
         with running(client, url, "enqueue", copies=clients) as crew:
-            pairs = in_turn(scale.pairs, *(_rate(crew, way, scale) for way in ("ours", "bare")))
-        yield Figure(name=f"enqueue_{clients}", unit="jobs/s", pairs=pairs)
+            for name, way in ((f"enqueue_{clients}", "plain"), (f"driver_{clients}", "driver")):
+                pairs = in_turn(scale.pairs, *(_rate(crew, one, scale) for one in ("ours", way)))
+                yield Figure(name=name, unit="jobs/s", pairs=pairs)
 
 
 def _rate(crew: Crew, way: str, scale: Scale) -> Callable[[], float]:

@@ -2,28 +2,68 @@
 --
 -- moves   nothing -> ready, nothing -> scheduled
 -- index   the primary keys
--- locks   the rows it adds; rings (see the function) when a worker sleeps at the queue's bell
--- caller  Task.enqueue, Queue.send, Queue.enqueue_many; sqlqueue.enqueue calls the same function
+-- locks   the rows it adds; rings (see sqlqueue.ring) when a worker sleeps at the queue's bell
+-- caller  Task.enqueue, Queue.send, Queue.enqueue_many; the function sqlqueue.enqueue is the same
 --
--- The function is the one definition of enqueuing, also for other languages. It returns null,
--- having done nothing, when an id is out of range.
-select sqlqueue.enqueue_many(
-    ids => cast(:ids as uuid[]),
-    args => cast(:args as jsonb[]),
-    task => cast(:task as text),
-    queue => cast(:queue as text),
-    priority => cast(:priority as integer),
-    attempts => cast(:attempts as integer),
-    max_crashes => cast(:max_crashes as integer),
-    keep => cast(:keep as boolean),
-    delay => cast(:delay as interval),
-    run_at => cast(:run_at as timestamptz),
-    expires_in => cast(:expires_in as interval),
-    expires_at => cast(:expires_at as timestamptz),
-    timeout => cast(:timeout as interval),
-    retry => cast(:retry as jsonb),
-    executor => cast(:executor as text),
-    tags => cast(:tags as text[]),
-    description => cast(:description as text),
-    headers => cast(:headers as jsonb)
+-- All parameters are text, :priority as well, since that is quickest to send. What is due within a
+-- second rings too: upkeep looks only once in that time. If an id is not between the retention back and one day ahead,
+-- nothing is done.
+with given as materialized (
+    select
+        sqlqueue.uuid_at(now() + interval '1 day') >= all (cast(:ids as uuid[]))
+        and sqlqueue.uuid_at(now() - (select retention from sqlqueue.setting))
+            <= all (cast(:ids as uuid[])) as are_in_range
+),
+added as (
+    insert into sqlqueue.job (
+        id, due_at, expires_at, timeout, priority, attempts, max_crashes, keep, task, queue, args,
+        retry, executor, tags, description, headers
+    )
+    select
+        call.id,
+        nullif(greatest(
+            cast(:run_at as timestamptz), now() + cast(:delay as interval), now()
+        ), now()),
+        coalesce(cast(:expires_at as timestamptz), now() + cast(:expires_in as interval)),
+        cast(:timeout as interval), cast(:priority as smallint), cast(:attempts as smallint),
+        cast(:max_crashes as smallint), cast(:keep as boolean), cast(:task as text),
+        cast(:queue as text), call.args, cast(:retry as jsonb), cast(:executor as text),
+        cast(:tags as text[]), cast(:description as text), cast(:headers as jsonb)
+    from unnest(cast(:ids as uuid[]), cast(:all_args as jsonb[])) as call (id, args)
+    where (select are_in_range from given)
+    on conflict (id) do nothing
+    returning id, due_at
+),
+at_once as (
+    insert into sqlqueue.ready (job_id, due_at, priority, queue)
+    select id, now(), cast(:priority as smallint), cast(:queue as text)
+    from added
+    where due_at is null
+),
+later as (
+    insert into sqlqueue.scheduled (job_id, due_at, priority, queue, reason)
+    select id, due_at, cast(:priority as smallint), cast(:queue as text), 'delay'
+    from added
+    where due_at is not null
 )
+select
+    (select are_in_range from given) as are_in_range,
+    count(*) as added,
+    case
+        when count(*) > 0
+            and coalesce(min(due_at), now()) < now() + interval '1 second'
+            and exists (
+                select
+                from sqlqueue.doorbell
+                where queue = cast(:queue as text)
+                  and rings_until > statement_timestamp()  -- steps over rows that are dead
+            )
+        then sqlqueue.ring(
+            cast(:queue as text),
+            case
+                when min(due_at) is null then cast(cast(:priority as smallint) as text)
+                else 'due'
+            end
+        ) is null
+    end as silence
+from added
