@@ -2,53 +2,27 @@
 
 __version__ = "0.1.0"
 
-from sqlqueue.errors import (
-    BadArguments,
-    Cancel,
-    IdOutOfRange,
-    JobFailed,
-    JobNotFound,
-    LeaseLost,
-    NotEnded,
-    NotRepresentable,
-    RetryIn,
-    SchemaMismatch,
-    Snooze,
-    SqlqueueError,
-    UnsupportedTransaction,
-)
-from sqlqueue.job import Job
-from sqlqueue.migrate import migrate
-from sqlqueue.options import Options
-from sqlqueue.queue import Queue
-from sqlqueue.retry import Retry
-from sqlqueue.run import Run, current_run
-from sqlqueue.task import Call, Task
-from sqlqueue.worker import Worker, WorkerOptions
-
-__all__ = [
-    "BadArguments",
-    "Call",
-    "Cancel",
-    "IdOutOfRange",
-    "Job",
-    "JobFailed",
-    "JobNotFound",
-    "LeaseLost",
-    "NotEnded",
-    "NotRepresentable",
-    "Options",
-    "Queue",
-    "Retry",
-    "RetryIn",
-    "Run",
-    "SchemaMismatch",
-    "Snooze",
-    "SqlqueueError",
-    "Task",
-    "UnsupportedTransaction",
-    "Worker",
-    "WorkerOptions",
-    "current_run",
-    "migrate",
-]
+from sqlqueue.errors import BadArguments as BadArguments
+from sqlqueue.errors import Cancel as Cancel
+from sqlqueue.errors import IdOutOfRange as IdOutOfRange
+from sqlqueue.errors import JobFailed as JobFailed
+from sqlqueue.errors import JobNotFound as JobNotFound
+from sqlqueue.errors import LeaseLost as LeaseLost
+from sqlqueue.errors import NotEnded as NotEnded
+from sqlqueue.errors import NotRepresentable as NotRepresentable
+from sqlqueue.errors import RetryIn as RetryIn
+from sqlqueue.errors import SchemaMismatch as SchemaMismatch
+from sqlqueue.errors import Snooze as Snooze
+from sqlqueue.errors import SqlqueueError as SqlqueueError
+from sqlqueue.errors import UnsupportedTransaction as UnsupportedTransaction
+from sqlqueue.job import Job as Job
+from sqlqueue.migrate import migrate as migrate
+from sqlqueue.options import Options as Options
+from sqlqueue.queue import Queue as Queue
+from sqlqueue.retry import Retry as Retry
+from sqlqueue.run import Run as Run
+from sqlqueue.run import current_run as current_run
+from sqlqueue.task import Call as Call
+from sqlqueue.task import Task as Task
+from sqlqueue.worker import Worker as Worker
+from sqlqueue.worker import WorkerOptions as WorkerOptions

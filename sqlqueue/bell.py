@@ -41,7 +41,7 @@ class Bell:
         if self._hangs_until > monotonic():
             self._store.disarm(conn, self._queues, worker)
             if filled_by:
-                self._store.pass_on(conn, filled_by)
+                self._store.pass_on(conn, filled_by.queue, filled_by.priority)
         self._hangs_until = 0.0
 
     def found_nothing(self, conn: Executes, worker: int, is_heard: bool) -> None:

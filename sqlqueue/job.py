@@ -110,10 +110,7 @@ class Job(Generic[R]):
         job_id, store = str(self.id), self._queue.store
         with self._queue.autocommit() as conn:
             store.request_cancel(conn, job_id, reason)
-            # In the order in which jobs move: one that moves meanwhile is met further on.
-            if store.cancel_scheduled(conn, job_id, reason):
-                return True
-            if store.cancel_ready(conn, job_id, reason):
+            if store.cancel(conn, job_id, reason) or store.cancel(conn, job_id, reason):
                 return True
             store.ring_cancel(conn, job_id)
         return not self.refresh().has_ended or self.state == "cancelled"

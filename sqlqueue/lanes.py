@@ -77,8 +77,9 @@ class Lanes:
             self.floors[lane] = Floor()
 
     def known(self, queue: str, is_suspect: bool) -> list[int]:
-        """Return the priorities known of a queue."""
-        return [o.priority for o in self.floors if (o.queue, o.is_suspect) == (queue, is_suspect)]
+        """Return the priorities known of a queue, in order."""
+        mine = [lane for lane in self.floors if lane.queue == queue]
+        return sorted(lane.priority for lane in mine if lane.is_suspect == is_suspect)
 
     def in_order(self, is_suspect: bool) -> Sequence[Lane]:
         """Return the lanes in the order to look at them: by queue, then by priority."""

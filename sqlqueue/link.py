@@ -12,8 +12,6 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlqueue.store import Executes, Store
 from sqlqueue.transaction import Driver
 
-# What is READ COMMITTED skips locked rows and counts right, whatever the database's default is.
-BEGIN = "begin isolation level read committed;"
 DatabaseError = (psycopg.Error, SQLAlchemyError)
 
 
@@ -38,7 +36,7 @@ class Link:
         try:
             driver = self._open()
             # One round trip: a client-side cursor sends two statements as one text.
-            psycopg.ClientCursor(driver).execute(*self._store.beginning(BEGIN, patience))
+            psycopg.ClientCursor(driver).execute(*self._store.begin(patience))
             yield Driver(driver)
             driver.commit()
         except DatabaseError:

@@ -15,6 +15,7 @@ from multiprocessing import get_context, parent_process
 from multiprocessing.connection import Connection
 from pathlib import Path
 from time import monotonic
+from types import SimpleNamespace
 from typing import Any
 
 from sqlqueue import perform
@@ -121,13 +122,6 @@ def _address(task: Task[..., Any]) -> tuple[str, str]:
     return task.function.__module__, task.function.__qualname__
 
 
-class _Row:
-    """The row of a claim, as it came through the pipe."""
-
-    def __init__(self, values: dict[str, Any]) -> None:
-        self.__dict__.update(values)
-
-
 def _find(module: str, name: str) -> "Task[..., Any]":
     """Import a task. Raises TypeError if there is something else where its function was defined."""
     found: Any = reduce(getattr, name.split("."), importlib.import_module(module))
@@ -147,7 +141,7 @@ def _serve(pipe: "Connection[Any, Any]") -> None:
             (module, name), row, claimed = pipe.recv()
         except EOFError:
             return
-        run = Run(_Row(row), None, Store(), claimed)
+        run = Run(SimpleNamespace(**row), None, Store(), claimed)
         try:
             run.registered = _find(module, name)
             ended = perform.alone(run)

@@ -209,12 +209,12 @@ class Queue:
     ) -> None:
         """Stop claiming from a queue, for a time or until `resume`; running jobs go on."""
         with self.autocommit() as conn:
-            self.store.pause(conn, check_name("queue", queue), by=by, why=why, lasts=lasts)
+            self.store.pause(conn, check_name("queue", queue), True, by, why, lasts)
 
     def resume(self, queue: str) -> None:
         """Go on claiming from a queue."""
         with self.autocommit() as conn:
-            self.store.resume(conn, check_name("queue", queue))
+            self.store.pause(conn, check_name("queue", queue), False, None, None, None)
 
 
 def _batches(calls: Iterable[Call]) -> Iterator[list[Call]]:

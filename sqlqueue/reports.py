@@ -25,9 +25,9 @@ from rich.text import Text
 from sqlalchemy import URL, Connection, Engine, make_url, text
 from sqlalchemy.exc import ArgumentError
 
-from sqlqueue.logs import configure_logging
 from sqlqueue.queue import Queue
 from sqlqueue.store import Store
+from sqlqueue.telemetry import configure_logging
 
 Row = dict[str, Any]
 WIDE = 1000  # columns
@@ -206,6 +206,7 @@ def load(app: str, url: URL | None, schema: str | None) -> Queue:
 
     Worker processes call it too. Raises ValueError if there is no such Queue.
     """
+    configure_logging()
     name, _, path = app.partition(":")
     found: Any = imported(name)
     queues = queues_of(found)

@@ -1,20 +1,24 @@
 """Every statement that reads or changes jobs: one method for each file in sql/.
 
 A method takes a connection, runs one statement and returns plain values. It never opens a
-connection, commits or retries: the caller owns the transaction.
+connection, commits or retries: the caller owns the transaction. The header of a file says what
+its statement does.
 """
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import timedelta
 from functools import cache
 from importlib.resources import files
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 from sqlqueue.literal import array
 
 Params = Mapping[str, Any]
 Rows = Sequence[Any]
+R = TypeVar("R")
+# What is READ COMMITTED skips locked rows and counts right, whatever the database's default is.
+BEGIN = "begin isolation level read committed;"
 
 
 class Executes(Protocol):
@@ -50,19 +54,6 @@ class Ended(NamedTuple):
     traceback: str | None = None
 
 
-class Worker(NamedTuple):
-    """What a worker says of itself when it registers."""
-
-    ttl: timedelta
-    pid: int
-    slots: int
-    host: str
-    name: str
-    version: str
-    queues: list[str]
-    tasks: list[str]
-
-
 @cache
 def statement(name: str, schema: str) -> str:
     """Return the statement of sql/<name>.sql for a driver, on the tables of a schema.
@@ -78,19 +69,91 @@ def statement(name: str, schema: str) -> str:
     return text.replace("sqlqueue.", f"{schema}.").replace("'sqlqueue'", f"'{schema}'")
 
 
+class Statement(Generic[R]):
+    """The statement of the file that has the attribute's name, as a method.
+
+    It takes a connection and the parameters, in the order of `names`; `read` makes its value
+    of the rows.
+    """
+
+    def __init__(self, read: Callable[[Rows], R], *names: str) -> None:
+        self._read = read
+        self._names = names
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, store: "Store", owner: type) -> Callable[..., R]:
+        def run(conn: Executes, *values: Any) -> R:
+            params = dict(zip(self._names, values, strict=True))
+            return self._read(store.rows(conn, self._name, params))
+
+        return run
+
+
+def _first(rows: Rows) -> Any:
+    """The value of the first row; None without one."""
+    return rows[0][0] if rows else None
+
+
 class Store:
-    """The statements of one schema."""
+    """The statements of one schema.
+
+    promote     within (of now, None: ever), batch -> (lane, jobs moved)
+    next_due    -> timedelta until the next scheduled job is due; None if there is none
+    bury        worker seen to end or None -> the workers declared dead
+    orphans     batch -> leases of dead workers, locked
+    register    ttl, pid, slots, host, name, version, queues, tasks -> its id, never used again
+    beat        worker -> False if it is dead and must register anew
+    leases      worker -> {(job id, run): whether it is to be cancelled}
+    lanes       queue, known priorities, is_suspect -> lanes not known, one in each gap
+    arm         queues, worker, patience: hangs its bell at those of the queues that have none
+    disarm      queues, worker: takes its bells away
+    pass_on     queue, priority: wakes every idle worker of the queue
+    request_cancel  job id, reason: to be committed before looking for the job
+    cancel      job id, reason -> whether it was scheduled or ready, and has ended
+    ring_cancel     job id -> whether it is running; tells its worker
+    retry       job id -> whether it had failed or was cancelled, and is ready again
+    job         job id -> its row in the view `jobs`, with traceback; None without one
+    unknown_since   job id -> seconds that it waits for a worker that knows its task
+    pause       queue, is_paused, by, why, lasts (None: until resumed)
+    tidy        -> a line for each partition dropped
+    """
+
+    promote = Statement(
+        lambda rows: [(Lane(row.queue, row.priority), row.moved) for row in rows], "within", "batch"
+    )
+    next_due = Statement(_first)
+    bury = Statement(list, "seen_dead")
+    orphans = Statement(list, "batch")
+    register = Statement(
+        _first, "ttl", "pid", "slots", "host", "name", "version", "queues", "tasks"
+    )
+    beat = Statement(bool, "worker")
+    leases = Statement(
+        lambda rows: {(row.job_id, row.run): row.is_cancelled for row in rows}, "worker"
+    )
+    lanes = Statement(lambda rows: [Lane(*row) for row in rows], "queue", "known", "is_suspect")
+    arm = Statement(list, "queues", "worker", "patience")
+    disarm = Statement(list, "queues", "worker")
+    pass_on = Statement(list, "queue", "priority")
+    request_cancel = Statement(bool, "job_id", "reason")
+    cancel = Statement(bool, "job_id", "reason")
+    ring_cancel = Statement(bool, "job_id")
+    retry = Statement(bool, "job_id")
+    job = Statement(lambda rows: rows[0] if rows else None, "job_id")
+    unknown_since = Statement(_first, "job_id")
+    pause = Statement(list, "queue", "is_paused", "by", "why", "lasts")
+    tidy = Statement(lambda rows: [row[0] for row in rows])
 
     def __init__(self, schema: str = "sqlqueue") -> None:
         statement("begin", schema)  # refuses a bad name at once
         self.schema = schema
 
-    def _rows(self, conn: Executes, name: str, params: Params) -> Rows:
+    def rows(self, conn: Executes, name: str, params: Params) -> Rows:
+        """Run the statement of a file; return its rows."""
         rows: Rows = conn.exec_driver_sql(statement(name, self.schema), params).fetchall()
         return rows
-
-    def _do(self, conn: Executes, name: str, params: Params) -> None:
-        conn.exec_driver_sql(statement(name, self.schema), params)
 
     def enqueue(
         self, conn: Executes, ids: Sequence[str], args: Sequence[str], task: str, options: Params
@@ -100,22 +163,21 @@ class Store:
         Returns None, having done nothing, if an id is out of range.
         """
         params = {"ids": "{" + ",".join(ids) + "}", "all_args": array(args), "task": task}
-        row = self._rows(conn, "enqueue", {**options, **params})[0]
+        row = self.rows(conn, "enqueue", {**options, **params})[0]
         return row.added if row.are_in_range else None
 
-    def begin(self, conn: Executes, patience: timedelta) -> None:
-        """Prepare a transaction of the worker's: plans by index only, long silence is ended."""
-        conn.exec_driver_sql(*self.beginning("", patience))
+    def begin(self, patience: timedelta) -> tuple[str, Params]:
+        """Return what begins a transaction of ours: READ COMMITTED, plans by index only.
 
-    def beginning(self, before: str, patience: timedelta) -> tuple[str, Params]:
-        """Return what `begin` runs, to be sent with a statement that goes before."""
+        After a silence of `patience` it is ended.
+        """
         milliseconds = patience // timedelta(milliseconds=1)
-        return before + statement("begin", self.schema), {"patience": f"{milliseconds}ms"}
+        return BEGIN + statement("begin", self.schema), {"patience": f"{milliseconds}ms"}
 
     def claim(self, conn: Executes, lane: Lane, floor: int, slots: int, worker: int) -> Rows:
         """Lease up to `slots` ready jobs of a lane with seq above `floor`, in order of seq."""
         params = {"floor": floor, "slots": slots, "worker": worker, **lane._asdict()}
-        return self._rows(conn, "claim", params)
+        return self.rows(conn, "claim", params)
 
     def finish(
         self, conn: Executes, ended: Sequence[Ended], patience: timedelta | None = None
@@ -136,135 +198,33 @@ class Store:
             "tracebacks": array([one.traceback for one in ended]),
         }
         params["patience"] = patience and patience // timedelta(milliseconds=1)
-        are_all, some, _ = self._rows(conn, "finish", params)[0]
+        are_all, some, _ = self.rows(conn, "finish", params)[0]
         return {one.job_id for one in ended} if are_all else set(some or ())
 
     def held(self, conn: Executes, runs: Iterable[tuple[str, int]]) -> set[str]:
         """Return the job ids of those of some (job id, run) that still hold their lease."""
-        asked = list(runs)
-        params = {"job_ids": array(one[0] for one in asked), "runs": array(o[1] for o in asked)}
-        return {row[0] for row in self._rows(conn, "held", params)}
+        job_ids, numbers = map(list, zip(*runs, strict=True))
+        rows = self.rows(conn, "held", {"job_ids": job_ids, "runs": numbers})
+        return {row.job_id for row in rows}
 
-    def promote(
-        self, conn: Executes, within: timedelta | None, batch: int
-    ) -> list[tuple[Lane, int]]:
-        """Make jobs that came due within a time ready; return how many in each lane.
-
-        With None, those that were due earlier too.
-        """
-        rows = self._rows(conn, "promote", {"within": within, "batch": batch})
-        return [(Lane(row[0], row[1]), row[2]) for row in rows]
-
-    def next_due(self, conn: Executes) -> timedelta | None:
-        """Return the time until the next scheduled job is due; None if there is none."""
-        rows = self._rows(conn, "next_due", {})
-        return rows[0][0] if rows else None
-
-    def rescue(
-        self, conn: Executes, batch: int, seen_dead: int | None = None, strays: bool = True
-    ) -> list[Ended]:
+    def rescue(self, conn: Executes, batch: int, seen_dead: int | None = None) -> list[Ended]:
         """Bury dead workers and end their runs as crashed; return those runs.
 
-        `seen_dead` is a worker whose end was seen, dead whatever its heartbeat says; with
-        `strays`, workers without a row are dead too. A job that has crashed `max_crashes` times
-        ends as failed.
+        `seen_dead` is a worker whose end was seen, dead whatever its heartbeat says. A job that
+        has crashed `max_crashes` times ends as failed.
         """
-        self._rows(conn, "bury", {"seen_dead": seen_dead})
+        self.bury(conn, seen_dead)
         orphans = [
             Ended(
                 row.job_id,
                 row.run,
                 "crashed",
-                wait=None if row.is_last else timedelta(0),
+                None if row.is_last else timedelta(0),
                 error_type="crashed",
                 error=f"worker {row.worker_id} died while it ran this job",
             )
-            for row in self._rows(conn, "orphans", {"batch": batch, "strays": strays})
+            for row in self.orphans(conn, batch)
         ]
         if orphans:
             self.finish(conn, orphans)
         return orphans
-
-    def register(self, conn: Executes, worker: Worker) -> int:
-        """Add a worker; return its id, which is never used again."""
-        params = worker._asdict() | {"queues": array(worker.queues), "tasks": array(worker.tasks)}
-        number: int = self._rows(conn, "register", params)[0][0]
-        return number
-
-    def unregister(self, conn: Executes, worker: int) -> None:
-        """Remove a worker that holds nothing."""
-        self._do(conn, "unregister", {"worker": worker})
-
-    def beat(self, conn: Executes, worker: int) -> bool:
-        """Give a sign of life; return False if the worker is dead and must register anew."""
-        return bool(self._rows(conn, "beat", {"worker": worker}))
-
-    def leases(self, conn: Executes, worker: int) -> dict[tuple[str, int], bool]:
-        """Return the (job id, run) that a worker holds: True for those to be cancelled."""
-        return {(r[0], r[1]): r[2] for r in self._rows(conn, "leases", {"worker": worker})}
-
-    def lanes(
-        self, conn: Executes, queue: str, known: Iterable[int], is_suspect: bool
-    ) -> list[Lane]:
-        """Return lanes of a queue that are not known, one at most between two known ones."""
-        params = {"queue": queue, "known": array(sorted(known)), "is_suspect": is_suspect}
-        return [Lane(queue, row[0], is_suspect) for row in self._rows(conn, "lanes", params)]
-
-    def arm(self, conn: Executes, queues: Sequence[str], worker: int, patience: timedelta) -> None:
-        """Hang the worker's bell at those of its queues that have none."""
-        params = {"queues": array(queues), "worker": worker, "patience": patience}
-        self._do(conn, "arm", params)
-
-    def disarm(self, conn: Executes, queues: Sequence[str], worker: int) -> None:
-        """Take the worker's bells away."""
-        self._do(conn, "disarm", {"queues": array(queues), "worker": worker})
-
-    def pass_on(self, conn: Executes, lane: Lane) -> None:
-        """Wake every idle worker of a queue when this transaction commits."""
-        self._rows(conn, "pass_on", {"queue": lane.queue, "priority": lane.priority})
-
-    def request_cancel(self, conn: Executes, job_id: str, reason: str) -> None:
-        """Ask that an unended job be cancelled; commit before looking for it."""
-        self._do(conn, "request_cancel", {"job_id": job_id, "reason": reason})
-
-    def cancel_ready(self, conn: Executes, job_id: str, reason: str) -> bool:
-        """Cancel a job if it is ready."""
-        return bool(self._rows(conn, "cancel_ready", {"job_id": job_id, "reason": reason}))
-
-    def cancel_scheduled(self, conn: Executes, job_id: str, reason: str) -> bool:
-        """Cancel a job if it is scheduled."""
-        return bool(self._rows(conn, "cancel_scheduled", {"job_id": job_id, "reason": reason}))
-
-    def ring_cancel(self, conn: Executes, job_id: str) -> bool:
-        """Tell the worker of a running job of a request to cancel it; False if not running."""
-        return bool(self._rows(conn, "ring_cancel", {"job_id": job_id}))
-
-    def retry(self, conn: Executes, job_id: str) -> bool:
-        """Make a failed or cancelled job ready again; return whether it was one."""
-        return bool(self._rows(conn, "retry", {"job_id": job_id}))
-
-    def job(self, conn: Executes, job_id: str) -> Any | None:
-        """Return the row of a job in the view `jobs`, with its traceback; None if there is none."""
-        rows = self._rows(conn, "job", {"job_id": job_id})
-        return rows[0] if rows else None
-
-    def unknown_since(self, conn: Executes, job_id: str) -> float:
-        """Return for how many seconds a job has waited for a worker that knows its task."""
-        seconds: float = self._rows(conn, "unknown_since", {"job_id": job_id})[0][0]
-        return seconds
-
-    def pause(
-        self, conn: Executes, queue: str, *, by: str, why: str | None, lasts: timedelta | None
-    ) -> None:
-        """Stop claiming from a queue, for a time or until it is resumed."""
-        params = {"queue": queue, "is_paused": True, "by": by, "why": why, "lasts": lasts}
-        self._do(conn, "pause", params)
-
-    def resume(self, conn: Executes, queue: str) -> None:
-        """Go on claiming from a queue."""
-        params = {"queue": queue, "is_paused": False, "by": None, "why": None, "lasts": None}
-        self._do(conn, "pause", params)
-
-    def tidy(self, conn: Executes) -> list[str]:
-        """Keep partitions and remove leftovers; return a line for each partition dropped."""
-        return [row[0] for row in self._rows(conn, "tidy", {})]

@@ -18,7 +18,6 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from sqlqueue.link import DatabaseError, Link
-from sqlqueue.logs import configure_logging
 from sqlqueue.process import SPAWN, die_with_parent
 from sqlqueue.worker import Worker, WorkerOptions
 
@@ -169,7 +168,6 @@ def _serve(
     """Be a child: work until told to stop."""
     die_with_parent()
     sys.setswitchinterval(SWITCH_EVERY)
-    configure_logging()
     worker = Worker(load(), names, options, signs)
     signal.signal(signal.SIGTERM, lambda *_: worker.stop())
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent passes it on

@@ -32,7 +32,6 @@ class Upkeep:
         self._link = Link(worker.queue.engine, worker.queue.store)
         self._wake = threading.Event()
         self._sweeps = Sweeps(10.0)
-        self._strays = Sweeps(30.0)
         self._rescues = Sweeps(worker.options.ttl.total_seconds() / 6)
         self._tidies = Sweeps(TIDY_EVERY)
 
@@ -54,7 +53,7 @@ class Upkeep:
             try:
                 wait = min(self._promote(), LOOK_EVERY)
                 if self._rescues.is_due(monotonic()):
-                    self._rescue(self._strays.is_due(monotonic()))
+                    self._rescue()
                 if self._tidies.is_due(monotonic()):
                     self._tidy()
                 self.passes += 1
@@ -81,13 +80,12 @@ class Upkeep:
             due = self._store.next_due(conn)
         return LOOK_EVERY if due is None else max(due.total_seconds(), 0.0)
 
-    def _rescue(self, strays: bool) -> None:
+    def _rescue(self) -> None:
         began = monotonic()
         with self._link.begin(self._worker.options.ttl) as conn:
-            for one in self._store.rescue(conn, BATCH, strays=strays):
+            for one in self._store.rescue(conn, BATCH):
                 log.warning("job %s: run %d crashed: %s", one.job_id, one.run, one.error)
-        for sweeps in (self._rescues, self._strays) if strays else (self._rescues,):
-            sweeps.took(monotonic() - began, monotonic())
+        self._rescues.took(monotonic() - began, monotonic())
 
     def _tidy(self) -> None:
         began = monotonic()

@@ -26,7 +26,6 @@ from sqlqueue.listener import Listener
 from sqlqueue.run import Run
 from sqlqueue.runs import NEVER, STALE, End, Runs
 from sqlqueue.store import Ended, Executes, Lane
-from sqlqueue.store import Worker as Registration
 from sqlqueue.upkeep import Upkeep
 
 if TYPE_CHECKING:
@@ -168,16 +167,14 @@ class Worker:
         with self._link.begin(self.options.ttl) as conn:
             self.id = self.queue.store.register(
                 conn,
-                Registration(
-                    ttl=self.options.ttl,
-                    pid=os.getpid(),
-                    slots=self.options.slots,
-                    host=socket.gethostname(),
-                    name=self.options.name or f"{socket.gethostname()}:{os.getpid()}",
-                    version=sqlqueue.__version__,
-                    queues=self.lanes.names,
-                    tasks=sorted(self.queue.tasks),
-                ),
+                self.options.ttl,
+                os.getpid(),
+                self.options.slots,
+                socket.gethostname(),
+                self.options.name or f"{socket.gethostname()}:{os.getpid()}",
+                sqlqueue.__version__,
+                self.lanes.names,
+                sorted(self.queue.tasks),
             )
         if self.signs:
             self.signs.worker_id = self.id
@@ -248,7 +245,9 @@ class Worker:
                 strays = [self._stray(conn, r) for r in rows if r.task not in self.queue.tasks]
         except psycopg.DataError as error:
             # One outcome that cannot be stored must not hold up the others: find it, end it.
-            if self._isolates and ended:
+            if not ended:
+                raise
+            if self._isolates:
                 self._unsettled[0] = (ended[0][0], ended[0][0].unstorable(error))
             self._isolates = True
             return 0
@@ -370,7 +369,7 @@ class Worker:
         for queue in self.lanes.names:
             for lane in store.lanes(conn, queue, self.lanes.known(queue, only), only):
                 self.lanes.add(lane)
-            suspects = [] if only else store.lanes(conn, queue, (), True)
+            suspects = [] if only else store.lanes(conn, queue, [], True)
             for lane in suspects:
                 self.lanes.add(lane)
                 self._sees_suspects = self.options.suspects == "alone"
@@ -441,8 +440,8 @@ class Worker:
         if not self.runs.held:
             with suppress(*DatabaseError), self._link.begin(self.options.ttl) as conn:
                 self.queue.store.disarm(conn, self.lanes.names, self.id)
-                self.queue.store.unregister(conn, self.id)
+                self.queue.store.bury(conn, self.id)
                 # Others look for what was handed back; our own listener wakes to end.
-                self.queue.store.pass_on(conn, Lane(self.lanes.names[0], 0))
+                self.queue.store.pass_on(conn, self.lanes.names[0], 0)
         self._link.close()
         log.info("worker %d: stopped after %d runs", self.id, self._taken)

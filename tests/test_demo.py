@@ -18,7 +18,6 @@ from sqlalchemy.orm import Session
 
 from sqlqueue import Queue, Task, demo, migrate
 from sqlqueue.store import Lane
-from sqlqueue.store import Worker as Registration
 from tests.harness import ROOT, rows, wait_until
 
 PROGRAM = "import sys; from pathlib import Path; from sqlqueue.demo import demo; "
@@ -197,8 +196,8 @@ def test_jobs_handed_back_below_the_floor_are_run_as_fast_as_others(
     queue: Queue, engine: Engine, slow: Task[[], None]
 ) -> None:
     with engine.begin() as conn:
-        about = Registration(timedelta(seconds=30), 1, 30, "host", "dead", "0", ["default"], [])
-        dead = queue.store.register(conn, about)
+        ttl = timedelta(seconds=30)
+        dead = queue.store.register(conn, ttl, 1, 30, "host", "dead", "0", ["default"], [])
         queue.using(conn).enqueue_many(slow.s() for _ in range(30))
         assert len(queue.store.claim(conn, Lane("default", 0), 0, 30, dead)) == 30
 

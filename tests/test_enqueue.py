@@ -781,7 +781,7 @@ def test_a_promotion_rings_in_each_lane(greet, engine, store, hears) -> None:
 
 def test_who_has_its_hands_full_passes_the_bell_on_to_everybody(engine, store, hears) -> None:
     with engine.begin() as conn:
-        store.pass_on(conn, Lane("default", 5))
+        store.pass_on(conn, "default", 5)
 
     assert hears() == ["0 5 default"]
 

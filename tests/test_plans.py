@@ -13,7 +13,7 @@ from sqlalchemy import Connection, Engine, create_engine, text
 
 from sqlqueue import Options, migrate
 from sqlqueue.literal import new_id
-from sqlqueue.store import Ended, Executes, Lane, Store
+from sqlqueue.store import Ended, Executes, Lane, Store, statement
 from tests.test_store import hire
 
 MANY = 20_000
@@ -38,8 +38,7 @@ ASKED: dict[str, Callable[[Store, Executes, int], object]] = {
     "beat": lambda store, conn, worker: store.beat(conn, worker),
     "arm": lambda store, conn, worker: store.arm(conn, ["default", "mail"], worker, TTL),
     "disarm": lambda store, conn, worker: store.disarm(conn, ["default", "mail"], worker),
-    "cancel_ready": lambda store, conn, worker: store.cancel_ready(conn, SOMEBODY, ""),
-    "cancel_scheduled": lambda store, conn, worker: store.cancel_scheduled(conn, SOMEBODY, ""),
+    "cancel": lambda store, conn, worker: store.cancel(conn, SOMEBODY, ""),
     "retry": lambda store, conn, worker: store.retry(conn, SOMEBODY),
     "bury": lambda store, conn, worker: store.rescue(conn, 500),
     "orphans": lambda store, conn, worker: store.rescue(AfterBury(conn), 500),
@@ -98,6 +97,12 @@ def make_database(create_database: Callable[[], str]) -> Engine:
     return engine
 
 
+def prepare(conn: Connection, patience: timedelta) -> None:
+    """Prepare the transaction as those of a worker are."""
+    params = {"patience": str(patience.total_seconds() * 1000)}
+    conn.exec_driver_sql(statement("begin", "sqlqueue"), params)
+
+
 def enqueue(conn: Connection, store: Store, count: int, **options: Any) -> None:
     params = Options(**options).params
     store.enqueue(conn, [new_id() for _ in range(count)], ["{}"] * count, "greet", params)
@@ -141,7 +146,7 @@ def cached(create_database) -> Iterator[psycopg.Connection[Any]]:
         for verb in ASKED:
             statement, parameters = asked(verb, store, 1)
             for _ in range(6):
-                store.begin(pooled, TTL)
+                prepare(pooled, TTL)
                 driver.execute(statement, parameters, prepare=True)
                 driver.commit()  # a rollback would make the driver forget what it prepared
         with engine.begin() as conn:
@@ -191,7 +196,7 @@ def test_a_plan_uses_the_index_and_nothing_else(stage, store, verb) -> None:
     statement, parameters = asked(verb, store, 1)
 
     with stage.connect() as conn:
-        store.begin(conn, TTL)
+        prepare(conn, TTL)
         (plan,) = conn.exec_driver_sql(f"explain (format json) {statement}", parameters).scalar()
 
     check_plan(verb, plan)
@@ -243,7 +248,7 @@ def drain(engine: Engine, store: Store) -> int:
     floor = 0
     while True:
         with engine.begin() as conn:
-            store.begin(conn, TTL)
+            prepare(conn, TTL)
             store.promote(conn, None, 500)
             found = store.claim(conn, LANE, floor, 500, 1)
             if not found:
@@ -261,7 +266,7 @@ def test_dead_rows_that_cannot_be_removed_cost_nothing(create_database, store) -
         "promote": lambda store, conn, worker: store.promote(conn, soon, 10),
         "next_due": lambda store, conn, worker: store.next_due(conn),
         "lanes": lambda store, conn, worker: store.lanes(conn, "default", [0], False),
-        "orphans": lambda store, conn, worker: store.rescue(AfterBury(conn), 10, strays=False),
+        "orphans": lambda store, conn, worker: store.rescue(AfterBury(conn), 10),
     }
 
     def touched() -> dict[str, int]:
@@ -304,7 +309,7 @@ def test_a_finish_reads_only_what_it_ends_although_lease_was_analyzed_while_empt
     conn: Connection, store: Store
 ) -> None:
     worker = hire(conn, store)
-    store.begin(conn, TTL)
+    prepare(conn, TTL)
     for analyze in (True, False):
         enqueue(conn, store, 2_000)
         batches = [store.claim(conn, LANE, 0, 500, worker) for _ in range(4)]

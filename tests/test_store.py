@@ -18,7 +18,7 @@ from sqlalchemy import Connection, Engine, create_engine, text
 
 from sqlqueue import Job, Options, Queue, migrate
 from sqlqueue.literal import array, new_id
-from sqlqueue.store import Ended, Lane, Store, Worker
+from sqlqueue.store import Ended, Lane, Store
 from tests.harness import wait_until
 
 TTL = timedelta(seconds=30)
@@ -73,7 +73,7 @@ def add(conn: Connection, store: Store, count: int = 1, **options: Any) -> list[
 
 def hire(conn: Connection, store: Store, ttl: timedelta = TTL) -> int:
     """Register a worker; return its id."""
-    return store.register(conn, Worker(ttl, 1, 10, "host", "name", "0", ["default"], ["greet"]))
+    return store.register(conn, ttl, 1, 10, "host", "name", "0", ["default"], ["greet"])
 
 
 def claim(
@@ -202,7 +202,7 @@ def test_a_job_that_was_started_in_time_no_longer_expires(conn, store) -> None:
     [
         lambda conn, store, worker: silence(conn, worker, TTL),
         lambda conn, store, worker: store.rescue(conn, 10, seen_dead=worker),
-        lambda conn, store, worker: store.unregister(conn, worker),
+        lambda conn, store, worker: store.bury(conn, worker),
     ],
     ids=["silent", "buried", "unregistered"],
 )
@@ -225,14 +225,14 @@ def test_nothing_is_claimed_from_a_paused_queue(conn, store) -> None:
     (other,) = add(conn, store)
     mail = Lane("mail", 0)
 
-    store.pause(conn, "mail", by="ann", why="the printer burns", lasts=None)
+    store.pause(conn, "mail", True, "ann", "the printer burns", None)
 
     assert claim(conn, store, worker, lane=mail) == []
     assert claimed_ids(conn, store, worker) == [other]
     said = row(conn, "queue")
     assert (said["paused_by"], said["paused_why"]) == ("ann", "the printer burns")
 
-    store.resume(conn, "mail")
+    store.pause(conn, "mail", False, None, None, None)
 
     assert claimed_ids(conn, store, worker, lane=mail) == [paused]
     assert row(conn, "queue")["paused_at"] is None
@@ -241,7 +241,7 @@ def test_nothing_is_claimed_from_a_paused_queue(conn, store) -> None:
 def test_a_pause_ends_by_itself(conn, store) -> None:
     worker = hire(conn, store)
     (job_id,) = add(conn, store)
-    store.pause(conn, "default", by="ann", why=None, lasts=SECOND)
+    store.pause(conn, "default", True, "ann", None, SECOND)
     assert claim(conn, store, worker) == []
 
     conn.execute(text("update sqlqueue.queue set resumes_at = now()"))
@@ -437,9 +437,8 @@ def test_a_run_that_succeeds_first_is_not_cancelled(conn, store) -> None:
 def test_a_ready_job_is_cancelled_at_once(conn, store) -> None:
     job_id, other = add(conn, store, 2)
 
-    assert store.cancel_ready(conn, job_id, "no more")
-    assert not store.cancel_ready(conn, job_id, "no more")
-    assert not store.cancel_scheduled(conn, job_id, "no more")
+    assert store.cancel(conn, job_id, "no more")
+    assert not store.cancel(conn, job_id, "no more")
 
     assert ids_in(conn, "ready") == [other]
     run = row(conn, "run")
@@ -452,8 +451,8 @@ def test_a_ready_job_is_cancelled_at_once(conn, store) -> None:
 def test_a_scheduled_job_is_cancelled_at_once(conn, store) -> None:
     job_id, other = add(conn, store, 2, delay=SECOND)
 
-    assert store.cancel_scheduled(conn, job_id, "no more")
-    assert not store.cancel_scheduled(conn, job_id, "no more")
+    assert store.cancel(conn, job_id, "no more")
+    assert not store.cancel(conn, job_id, "no more")
 
     assert ids_in(conn, "scheduled") == [other]
     job = job_of(conn, store, job_id)
@@ -471,15 +470,17 @@ def test_a_promotion_honours_a_request_to_cancel(conn, store) -> None:
     assert job_of(conn, store, job_id).state == "cancelled"
 
 
-def test_only_a_job_that_has_not_ended_can_be_asked_to_cancel(conn, store) -> None:
+def test_a_request_to_cancel_what_has_ended_or_never_was_changes_nothing(conn, store) -> None:
     (job_id,) = add(conn, store)
-    store.cancel_ready(conn, job_id, "no more")
+    store.cancel(conn, job_id, "no more")
 
     store.request_cancel(conn, job_id, "no more")
     store.request_cancel(conn, str(uuid4()), "who?")
 
-    assert rows(conn, "cancel_request") == []
+    assert not store.cancel(conn, job_id, "no more")
     assert not store.ring_cancel(conn, job_id)
+    assert store.retry(conn, job_id)
+    assert rows(conn, "cancel_request") == []
 
 
 def test_a_request_to_cancel_may_be_repeated(conn, store) -> None:
@@ -577,14 +578,20 @@ def test_a_worker_whose_end_was_seen_need_not_be_silent(conn, store) -> None:
     assert ids_in(conn, "lease") == [kept]
 
 
-def test_a_lease_of_a_worker_nobody_knows_is_rescued(conn, store) -> None:
+def test_a_lease_that_a_worker_left_behind_is_rescued_however_long_ago_it_stopped(
+    conn, store
+) -> None:
     gone = hire(conn, store)
     (job_id,) = add(conn, store)
     claim(conn, store, gone)
-    store.unregister(conn, gone)
+    store.bury(conn, gone)
+    conn.execute(text("update sqlqueue.worker set died_at = died_at - interval '2 days'"))
+    store.tidy(conn)
 
     assert [one.job_id for one in store.rescue(conn, 10)] == [job_id]
     assert ids_in(conn, "ready") == [job_id]
+    store.tidy(conn)
+    assert rows(conn, "worker") == []
 
 
 def test_a_rescue_takes_no_more_than_asked(conn, store) -> None:
@@ -637,7 +644,7 @@ def test_a_worker_knows_what_it_holds(conn, store) -> None:
 
 def test_the_number_of_a_worker_is_never_used_again(conn, store) -> None:
     first = hire(conn, store)
-    store.unregister(conn, first)
+    store.bury(conn, first)
 
     assert hire(conn, store) > first
 
@@ -653,10 +660,10 @@ def test_every_lane_of_a_queue_is_found(conn, store, known, is_suspect) -> None:
         add(conn, store, priority=priority, queue="mail")
     if is_suspect:
         conn.execute(text("update sqlqueue.ready set crashes = 2"))
-    assert store.lanes(conn, "mail", known, not is_suspect) == []
-    assert store.lanes(conn, "post", known, is_suspect) == []
+    assert store.lanes(conn, "mail", sorted(known), not is_suspect) == []
+    assert store.lanes(conn, "post", sorted(known), is_suspect) == []
 
-    while found := store.lanes(conn, "mail", known, is_suspect):
+    while found := store.lanes(conn, "mail", sorted(known), is_suspect):
         assert all(lane == Lane("mail", lane.priority, is_suspect) for lane in found)
         assert known.isdisjoint(lane.priority for lane in found)
         known = known | {lane.priority for lane in found}
@@ -753,7 +760,7 @@ def test_only_a_job_that_failed_or_was_cancelled_is_retried(conn, store) -> None
 def test_a_job_cancelled_and_then_retried_is_not_cancelled_again(conn, store) -> None:
     (job_id,) = add(conn, store)
     store.request_cancel(conn, job_id, "no more")
-    store.cancel_ready(conn, job_id, "no more")
+    store.cancel(conn, job_id, "no more")
 
     store.retry(conn, job_id)
 
@@ -857,8 +864,7 @@ class Walk:
             job_id = self.rng.choice(self.jobs)
             self.store.request_cancel(self.conn, job_id, "no more")
             if self.rng.random() < 0.5:
-                self.store.cancel_scheduled(self.conn, job_id, "no more")
-                self.store.cancel_ready(self.conn, job_id, "no more")
+                self.store.cancel(self.conn, job_id, "no more")
 
     def rescue(self) -> None:
         silence(self.conn, self.worker, 2 * TTL)
@@ -1278,7 +1284,7 @@ def test_what_is_left_over_is_removed(conn, store) -> None:
     for job_id in (live, ended):
         store.request_cancel(conn, job_id, "no more")
     conn.execute(text("update sqlqueue.cancel_request set requested_at = now() - interval '1 h'"))
-    store.cancel_ready(conn, ended, "no more")
+    store.cancel(conn, ended, "no more")
     store.arm(conn, ["mail"], worker, SECOND)
     conn.execute(text("update sqlqueue.doorbell set rings_until = now() - interval '1 h'"))
     store.arm(conn, ["mail"], worker, SECOND)

@@ -701,7 +701,7 @@ def test_a_draining_worker_stops_when_all_has_run(queue, engine):
         assert worker.join(20)
 
     assert sorted(seen) == list(range(1500))
-    assert value(engine, "select count(*) from sqlqueue.worker") == 0
+    assert value(engine, "select count(*) from sqlqueue.worker where died_at is null") == 0
 
 
 # Stopping
@@ -736,7 +736,7 @@ def test_a_stopping_worker_hands_back_the_rest(queue, engine):
     assert outcomes(engine, rest.id) == ["returned"]
     assert outcomes(engine, waiting.id) in ([], ["returned"])
     assert (rest.refresh().state, waiting.refresh().state) == ("ready", "ready")
-    assert value(engine, "select count(*) from sqlqueue.worker") == 0
+    assert value(engine, "select count(*) from sqlqueue.worker where died_at is null") == 0
 
     run_to_the_end(queue, rest, waiting)
     assert rest.result == 1

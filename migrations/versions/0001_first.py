@@ -652,7 +652,9 @@ begin
       and not exists (select from sqlqueue.scheduled where scheduled.job_id = cancel_request.job_id)
       and not exists (select from sqlqueue.lease where lease.job_id = cancel_request.job_id);
     delete from sqlqueue.doorbell where rings_until < now() - interval '1 minute';
-    delete from sqlqueue.worker where died_at < now() - interval '1 day';
+    delete from sqlqueue.worker
+    where died_at < now() - interval '1 day'
+      and not exists (select from sqlqueue.lease where worker_id = worker.id);
 end
 $$;
 comment on function sqlqueue.tidy is

@@ -28,3 +28,4 @@ where not exists (
       and doorbell.worker_id <> :worker
 )
 on conflict do nothing
+returning queue

@@ -13,3 +13,4 @@ where ctid = any (array(
       and worker_id = :worker
     for update skip locked
 ))
+returning queue

@@ -5,9 +5,8 @@
 -- locks   the rows it adds; rings (see sqlqueue.ring) when a worker sleeps at the queue's bell
 -- caller  Task.enqueue, Queue.send, Queue.enqueue_many; the function sqlqueue.enqueue is the same
 --
--- All parameters are text, :priority as well, since that is quickest to send. What is due within a
--- second rings too: upkeep looks only once in that time. If an id is not between the retention back and one day ahead,
--- nothing is done.
+-- All parameters are sent as text, which is quickest. If an id is not between the retention back
+-- and one day ahead, nothing is done. What is due within a second rings: upkeep looks less often.
 with given as materialized (
     select
         sqlqueue.uuid_at(now() + interval '1 day') >= all (cast(:ids as uuid[]))

@@ -6,13 +6,13 @@
 -- caller  Worker, with each sweep
 --
 -- :known holds the known priorities in order. Known lanes are stepped over, dead rows and all.
-select found.priority
+select found.queue, found.priority, found.is_suspect
 from unnest(
     cast(-101 || cast(:known as integer[]) as integer[]),
     cast(cast(:known as integer[]) || 101 as integer[])
 ) as gap (low, high)
 cross join lateral (
-    select priority
+    select queue, priority, is_suspect
     from sqlqueue.ready
     where queue = :queue
       and is_suspect = :is_suspect

@@ -14,3 +14,4 @@ set paused_at = excluded.paused_at,
     paused_by = excluded.paused_by,
     paused_why = excluded.paused_why,
     resumes_at = excluded.resumes_at
+returning name
