@@ -11,7 +11,7 @@ from datetime import timedelta
 from time import monotonic
 from typing import TYPE_CHECKING
 
-from sqlqueue.link import DatabaseError, Link
+from sqlqueue.link import Link
 from sqlqueue.store import Ended
 
 if TYPE_CHECKING:
@@ -26,50 +26,41 @@ class Heartbeat:
     def __init__(self, worker: "Worker") -> None:
         self._worker = worker
         self._ttl = worker.options.ttl.total_seconds()
-        self._link = Link(worker.queue.engine, worker.queue.store)
-        self._beat_at = monotonic()
+        self.link = Link(worker.queue.engine, worker.queue.store)
+        self._beat_at = self._watched_at = monotonic()
         self._unknown: set[tuple[str, int]] = set()
 
-    def run(self) -> None:
-        """Beat until the worker has stopped."""
-        while not self._worker.stopped.wait(self._ttl / 6):
-            try:
-                self._beat()
-            except DatabaseError as error:
-                log.warning("worker %d: no beat: %s", self._worker.id, error)
-        self._link.close()
+    def watch(self) -> float:
+        """Fence a worker that cannot beat, end one whose turns are stuck; look again later."""
+        worker, now, before = self._worker, monotonic(), self._watched_at
+        self._watched_at = now
+        if now - before > self._ttl / 6:
+            return self._ttl / 12  # the whole process stood still: see first what the others do
+        if now - self._beat_at > self._ttl * 2 / 3:
+            self._beat_at = now
+            worker.fence("could not beat")
+        if now - worker.progress > self._ttl:
+            log.critical("worker %d: no turn for %.1f s", worker.id, now - worker.progress)
+            if worker.signs:
+                os._exit(70)
+            worker.stopped.set()  # no more beats: its jobs are rescued
+        return self._ttl / 12
 
-    def watch(self) -> None:
-        """Fence a worker that cannot beat, end one whose turns are stuck."""
-        worker, looked_at = self._worker, monotonic()
-        while not worker.stopped.wait(self._ttl / 12):
-            now, before = monotonic(), looked_at
-            looked_at = now
-            if now - before > self._ttl / 6:
-                continue  # the whole process stood still: see first what the others do now
-            if now - self._beat_at > self._ttl * 2 / 3:
-                self._beat_at = now
-                worker.fence("could not beat")
-            if now - worker.progress > self._ttl:
-                log.critical("worker %d: no turn for %.1f s", worker.id, now - worker.progress)
-                if worker.signs:
-                    os._exit(70)
-                worker.stopped.set()  # no more beats: its jobs are rescued
-
-    def _beat(self) -> None:
+    def beat(self) -> float:
+        """Beat, and compare what the worker holds with what it knows of; again in a sixth."""
         worker, store = self._worker, self._worker.queue.store
         number, began = worker.id, monotonic()
-        with self._link.begin(worker.options.ttl) as conn:
+        with self.link.begin(worker.options.ttl) as conn:
             is_alive = store.beat(conn, number)
         if not is_alive:
             if number == worker.id:
                 worker.fence("was declared dead")
-            return
+            return self._ttl / 6
         self._beat_at = began
         if worker.signs:
             worker.signs.worker_id, worker.signs.beat_at = number, began
         known = set(worker.runs.held.copy())
-        with self._link.begin(worker.options.ttl) as conn:
+        with self.link.begin(worker.options.ttl) as conn:
             leases = store.leases(conn, number)
             unknown = set(leases) - known - set(worker.runs.held.copy())
             # A claim may just be on its way back; what is unknown twice has lost its reply, or
@@ -82,3 +73,4 @@ class Heartbeat:
         for key, is_cancelled in leases.items():
             if is_cancelled:
                 worker.runs.cancel(key[0])
+        return self._ttl / 6

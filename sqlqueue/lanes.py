@@ -3,6 +3,7 @@
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from time import monotonic
 from typing import Any
 
 from sqlqueue.options import check_name
@@ -100,16 +101,15 @@ class Sweeps:
 
     def __init__(self, interval: float) -> None:
         self._interval = interval
-        self._next = 0.0
+        self._began = 0.0
+        self.next_at = 0.0
 
-    def is_due(self, now: float) -> bool:
-        """Say whether it is time."""
-        return now >= self._next
+    def begin(self) -> bool:
+        """Say whether it is time; then one begins now."""
+        self._began = monotonic()
+        return self._began >= self.next_at
 
-    def wait(self, now: float) -> float:
-        """Return the seconds until it is."""
-        return max(0.0, self._next - now)
-
-    def took(self, seconds: float, now: float) -> None:
-        """Take note of a sweep that has just ended."""
-        self._next = now + max(self._interval, 20 * seconds)
+    def end(self) -> None:
+        """Take note of the end of one that has begun."""
+        now = monotonic()
+        self.next_at = now + max(self._interval, 20 * (now - self._began))

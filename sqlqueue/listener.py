@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import psycopg
 
-from sqlqueue.link import DatabaseError, driver_of
+from sqlqueue.link import driver_of
 from sqlqueue.store import Lane
 
 if TYPE_CHECKING:
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("sqlqueue.worker")
 ECHO_WITHIN = 2.0  # seconds: a notification of our own that takes longer is lost
-RECONNECT_AFTER = 1.0
 
 
 class Listener:
@@ -31,16 +30,14 @@ class Listener:
         self.is_heard = False
         self._worker = worker
 
-    def run(self) -> None:
-        """Listen until the worker has stopped; again after an error."""
-        while not self._worker.stopped.is_set():
-            try:
-                with self._worker.queue.engine.connect() as conn:
-                    self._listen(driver_of(conn))
-            except DatabaseError as error:
-                log.warning("worker %d: does not listen: %s", self._worker.id, error)
+    def listen(self) -> float:
+        """Listen until the worker has stopped, or the connection breaks: then again."""
+        try:
+            with self._worker.queue.engine.connect() as conn:
+                self._listen(driver_of(conn))
+        finally:
             self.is_heard = False
-            self._worker.stopped.wait(RECONNECT_AFTER)
+        return 0
 
     def _listen(self, driver: psycopg.Connection[Any]) -> None:
         channel = self._worker.queue.store.schema

@@ -6,7 +6,7 @@ its statement does.
 """
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from functools import cache
 from importlib.resources import files
@@ -69,6 +69,11 @@ def statement(name: str, schema: str) -> str:
     return text.replace("sqlqueue.", f"{schema}.").replace("'sqlqueue'", f"'{schema}'")
 
 
+def milliseconds(time: timedelta) -> str:
+    """Write a time as settings of Postgres are written."""
+    return f"{time // timedelta(milliseconds=1)}ms"
+
+
 class Statement(Generic[R]):
     """The statement of the file that has the attribute's name, as a method.
 
@@ -104,6 +109,7 @@ class Store:
     bury        worker seen to end or None -> the workers declared dead
     orphans     batch -> leases of dead workers, locked
     register    ttl, pid, slots, host, name, version, queues, tasks -> its id, never used again
+    unregister  worker: it has stopped
     beat        worker -> False if it is dead and must register anew
     leases      worker -> {(job id, run): whether it is to be cancelled}
     lanes       queue, known priorities, is_suspect -> lanes not known, one in each gap
@@ -129,6 +135,7 @@ class Store:
     register = Statement(
         _first, "ttl", "pid", "slots", "host", "name", "version", "queues", "tasks"
     )
+    unregister = Statement(list, "worker")
     beat = Statement(bool, "worker")
     leases = Statement(
         lambda rows: {(row.job_id, row.run): row.is_cancelled for row in rows}, "worker"
@@ -171,8 +178,7 @@ class Store:
 
         After a silence of `patience` it is ended.
         """
-        milliseconds = patience // timedelta(milliseconds=1)
-        return BEGIN + statement("begin", self.schema), {"patience": f"{milliseconds}ms"}
+        return BEGIN + statement("begin", self.schema), {"patience": milliseconds(patience)}
 
     def claim(self, conn: Executes, lane: Lane, floor: int, slots: int, worker: int) -> Rows:
         """Lease up to `slots` ready jobs of a lane with seq above `floor`, in order of seq."""
@@ -184,7 +190,7 @@ class Store:
     ) -> set[str]:
         """End runs of different jobs; return the ids of those that held their lease.
 
-        The transaction may then be silent for `patience`, or for less if it was set so.
+        With a `patience`, the transaction is ended when it has been silent for that long.
         """
         params: dict[str, Any] = {
             "job_ids": "{" + ",".join([one.job_id for one in ended]) + "}",
@@ -197,15 +203,9 @@ class Store:
             "errors": array([one.error for one in ended]),
             "tracebacks": array([one.traceback for one in ended]),
         }
-        params["patience"] = patience and patience // timedelta(milliseconds=1)
+        params["patience"] = patience and milliseconds(patience)
         are_all, some, _ = self.rows(conn, "finish", params)[0]
         return {one.job_id for one in ended} if are_all else set(some or ())
-
-    def held(self, conn: Executes, runs: Iterable[tuple[str, int]]) -> set[str]:
-        """Return the job ids of those of some (job id, run) that still hold their lease."""
-        job_ids, numbers = map(list, zip(*runs, strict=True))
-        rows = self.rows(conn, "held", {"job_ids": job_ids, "runs": numbers})
-        return {row.job_id for row in rows}
 
     def rescue(self, conn: Executes, batch: int, seen_dead: int | None = None) -> list[Ended]:
         """Bury dead workers and end their runs as crashed; return those runs.

@@ -6,11 +6,10 @@ Every worker does it, at any time and beside the others; there is no leader.
 import logging
 import threading
 from datetime import timedelta
-from time import monotonic
 from typing import TYPE_CHECKING
 
 from sqlqueue.lanes import Sweeps
-from sqlqueue.link import DatabaseError, Link
+from sqlqueue.link import Link
 
 if TYPE_CHECKING:
     from sqlqueue.worker import Worker
@@ -23,73 +22,56 @@ TIDY_EVERY = 600.0
 
 
 class Upkeep:
-    """A thread with a connection of its own. `passes` counts its rounds."""
+    """Has a thread and a connection of its own. `passes` counts its rounds."""
 
     def __init__(self, worker: "Worker") -> None:
         self.passes = 0
         self._worker = worker
         self._store = worker.queue.store
-        self._link = Link(worker.queue.engine, worker.queue.store)
-        self._wake = threading.Event()
+        self._ttl = worker.options.ttl
+        self.link = Link(worker.queue.engine, worker.queue.store)
+        self.wakes = threading.Event()
         self._sweeps = Sweeps(10.0)
         self._rescues = Sweeps(worker.options.ttl.total_seconds() / 6)
         self._tidies = Sweeps(TIDY_EVERY)
 
     def wake(self) -> None:
         """Look again now: something is due soon."""
-        self._wake.set()
+        self.wakes.set()
 
     def expect(self, wait: timedelta) -> None:
         """Take note that a job of ours is due after `wait`."""
         if wait.total_seconds() < LOOK_EVERY:
             self.wake()
 
-    def run(self) -> None:
-        """Do it until the worker has stopped."""
-        wait = 0.0
-        while not self._worker.stopped.is_set():
-            self._wake.wait(wait)
-            self._wake.clear()
-            try:
-                wait = min(self._promote(), LOOK_EVERY)
-                if self._rescues.is_due(monotonic()):
-                    self._rescue()
-                if self._tidies.is_due(monotonic()):
-                    self._tidy()
-                self.passes += 1
-            except DatabaseError as error:
-                log.warning("worker %d: upkeep: %s", self._worker.id, error)
-                wait = LOOK_EVERY
-        self._link.close()
+    def look(self) -> float:
+        """Do what is due; return the seconds until there is more."""
+        wait = min(self._promote(), LOOK_EVERY)
+        if self._rescues.begin():
+            with self.link.begin(self._ttl) as conn:
+                for one in self._store.rescue(conn, BATCH):
+                    log.warning("job %s: run %d crashed: %s", one.job_id, one.run, one.error)
+            self._rescues.end()
+        if self._tidies.begin():
+            with self.link.begin(self._ttl) as conn:
+                for line in self._store.tidy(conn):
+                    log.info("upkeep: %s", line)
+            self._tidies.end()
+        self.passes += 1
+        return wait
 
     def _promote(self) -> float:
         """Move what is due; return the seconds until the next is."""
-        began = monotonic()
-        sweeps = self._sweeps.is_due(began)
-        window = None if sweeps else WINDOW
+        sweeps = self._sweeps.begin()
         moved = BATCH
         while moved >= BATCH:
-            with self._link.begin(self._worker.options.ttl) as conn:
-                lanes = self._store.promote(conn, window, BATCH)
+            with self.link.begin(self._ttl) as conn:
+                lanes = self._store.promote(conn, None if sweeps else WINDOW, BATCH)
             moved = sum(count for _, count in lanes)
             for lane, _ in lanes:
                 self._worker.ring(lane)
         if sweeps:
-            self._sweeps.took(monotonic() - began, monotonic())
-        with self._link.begin(self._worker.options.ttl) as conn:
+            self._sweeps.end()
+        with self.link.begin(self._ttl) as conn:
             due = self._store.next_due(conn)
         return LOOK_EVERY if due is None else max(due.total_seconds(), 0.0)
-
-    def _rescue(self) -> None:
-        began = monotonic()
-        with self._link.begin(self._worker.options.ttl) as conn:
-            for one in self._store.rescue(conn, BATCH):
-                log.warning("job %s: run %d crashed: %s", one.job_id, one.run, one.error)
-        self._rescues.took(monotonic() - began, monotonic())
-
-    def _tidy(self) -> None:
-        began = monotonic()
-        with self._link.begin(self._worker.options.ttl) as conn:
-            for line in self._store.tidy(conn):
-                log.info("upkeep: %s", line)
-        self._tidies.took(monotonic() - began, monotonic())

@@ -35,6 +35,8 @@ log = logging.getLogger("sqlqueue.worker")
 BATCH = 500  # rows that a claim leases at most
 AHEAD = 1000  # jobs claimed before there is a slot for them, at most
 HORIZON = 0.03  # seconds of work claimed ahead, by how long jobs have been taking
+# What a thread does, until when it may sleep, and its connection.
+Part = tuple[Callable[[], float], threading.Event, Link | None]
 LAST_UNKNOWN = 3600.0  # seconds that a job waits for a worker that knows its task
 
 
@@ -102,7 +104,7 @@ class Worker:
         self._bell = Bell(queue.store, self.lanes.names, options.poll)
         self._unsettled: list[End] = []
         self._isolates = False
-        self._wake = threading.Event()
+        self._wakes = threading.Event()
         self._sweeps = Sweeps(options.poll.total_seconds())
         self._taken = 0
         self._usual = 0.0  # seconds a job has been taking; 0: not known yet
@@ -118,14 +120,19 @@ class Worker:
         self._register()
         self.heartbeat = Heartbeat(self)
         self.upkeep = Upkeep(self)
-        parts = [self.heartbeat.run, self.heartbeat.watch, self.upkeep.run]
+        self.listener = Listener(self)
+        parts: list[Part] = [
+            (self.heartbeat.beat, threading.Event(), self.heartbeat.link),
+            (self.heartbeat.watch, threading.Event(), None),
+            (self.upkeep.look, self.upkeep.wakes, self.upkeep.link),
+            (self._turn, self._wakes, self._link),
+        ]
         if self.options.listen:
-            self.listener = Listener(self)
-            parts.append(self.listener.run)
-        parts.append(self._work)
+            parts.append((self.listener.listen, threading.Event(), None))
+        self._parts = parts
         for part in parts:
-            name = f"sqlqueue {part.__qualname__}"
-            thread = threading.Thread(target=self._guard, args=(part,), name=name, daemon=True)
+            name = f"sqlqueue {part[0].__qualname__}"
+            thread = threading.Thread(target=self._keep, args=part, name=name, daemon=True)
             thread.start()
             self._threads.append(thread)
 
@@ -184,8 +191,8 @@ class Worker:
 
     def wake(self) -> None:
         """Have a turn soon."""
-        if not self._wake.is_set():
-            self._wake.set()
+        if not self._wakes.is_set():
+            self._wakes.set()
 
     def ring(self, lane: Lane | None = None) -> None:
         """Look for jobs now; in this lane too, if it is not known."""
@@ -203,30 +210,37 @@ class Worker:
 
     # The turn
 
-    def _guard(self, part: Callable[[], None]) -> None:
-        """Run a thread of the worker: an error that nobody foresaw ends the whole worker."""
+    def _keep(self, look: Callable[[], float], wakes: threading.Event, link: Link | None) -> None:
+        """Be a thread: look again and again, after the time it says, until the worker stops.
+
+        An error that nobody foresaw ends the whole worker.
+        """
+        wait = 0.0
         try:
-            part()
+            while not self.stopped.is_set():
+                wakes.wait(wait)
+                wakes.clear()
+                try:
+                    wait = look()
+                except DatabaseError as error:
+                    log.warning("worker %d: %s: %s", self.id, look.__name__, error)
+                    wait = min(self.options.poll.total_seconds(), 0.5)
         except Exception as error:
             log.critical("worker %d: stops working", self.id, exc_info=True)
             if self.signs:
                 os._exit(70)
             self.error = error
             self.stopped.set()  # no more beats: its jobs are rescued
+        if link:
+            link.close()
 
-    def _work(self) -> None:
-        wait = 0.0
-        while not self._has_stopped():
-            self._wake.wait(wait)
-            self._wake.clear()
-            self.progress = monotonic()
-            try:
-                self.step()
-                wait = self._pause()
-            except DatabaseError as error:
-                log.warning("worker %d: the database said: %s", self.id, error)
-                wait = min(self.options.poll.total_seconds(), 0.5)
-        self._leave()
+    def _turn(self) -> float:
+        self.progress = monotonic()
+        if self._has_stopped():
+            self._leave()
+            return 0
+        self.step()
+        return self._pause()
 
     def step(self) -> int:
         """Take one turn; return how many jobs it claimed."""
@@ -269,8 +283,10 @@ class Worker:
         for some in (succeeded, others):
             if some:
                 finished |= store.finish(conn, some)
-        left = [run.key for run, _ in ended if run.key[0] not in finished]
-        return finished, store.held(conn, left) if left else set()
+        if all(run.key[0] in finished for run, _ in ended):
+            return finished, set()
+        held = store.leases(conn, self.id)
+        return finished, {run.key[0] for run, _ in ended if run.key in held} - finished
 
     def _forget(
         self,
@@ -336,7 +352,7 @@ class Worker:
     def _claim(self, conn: Executes, room: int) -> list[Any]:
         began = monotonic()
         probes = self._is_probing
-        sweeps = self._sweeps.is_due(began)
+        sweeps = self._sweeps.begin()
         if sweeps:
             self._discover(conn)
         rows: list[Any] = []
@@ -350,7 +366,7 @@ class Worker:
             if len(rows) == want:
                 break
         if sweeps:
-            self._sweeps.took(monotonic() - began, monotonic())
+            self._sweeps.end()
         if probes and not rows:
             self._sees_suspects = False
         if rows:
@@ -383,7 +399,7 @@ class Worker:
         can_claim = self._stop_by is None and self._room() > 0
         wait = self.options.poll.total_seconds()
         if can_claim:
-            wait = min(self._bell.pause(), self._sweeps.wait(monotonic()))
+            wait = min(self._bell.pause(), self._sweeps.next_at - monotonic())
         return max(0.0, min(wait, min(self.runs.next_check, self._stop_by or NEVER) - monotonic()))
 
     def _stray(self, conn: Executes, row: Any) -> tuple[Run, Ended]:
@@ -436,12 +452,12 @@ class Worker:
     def _leave(self) -> None:
         self.runs.stop()
         self.stopped.set()
-        self.upkeep.wake()
+        for _, wakes, _ in self._parts:
+            wakes.set()
         if not self.runs.held:
             with suppress(*DatabaseError), self._link.begin(self.options.ttl) as conn:
                 self.queue.store.disarm(conn, self.lanes.names, self.id)
-                self.queue.store.bury(conn, self.id)
+                self.queue.store.unregister(conn, self.id)
                 # Others look for what was handed back; our own listener wakes to end.
                 self.queue.store.pass_on(conn, self.lanes.names[0], 0)
-        self._link.close()
         log.info("worker %d: stopped after %d runs", self.id, self._taken)

@@ -365,7 +365,7 @@ def test_a_lease_that_its_worker_does_not_know_of_is_handed_back(queue, engine):
 
 @pytest.mark.parametrize(
     "seconds",
-    [pytest.param(10, id="short"), pytest.param(60, id="long", marks=pytest.mark.nightly)],
+    [pytest.param(30, id="short"), pytest.param(60, id="long", marks=pytest.mark.nightly)],
 )
 def test_no_acknowledged_job_is_lost(queue, engine, migrated_url, seconds):
     """Workers are killed at random: each job is executed, and its writes happen once."""

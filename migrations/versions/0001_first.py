@@ -652,6 +652,15 @@ begin
       and not exists (select from sqlqueue.scheduled where scheduled.job_id = cancel_request.job_id)
       and not exists (select from sqlqueue.lease where lease.job_id = cancel_request.job_id);
     delete from sqlqueue.doorbell where rings_until < now() - interval '1 minute';
+    -- A lease whose worker has no row, since somebody removed it, is that of a dead one.
+    insert into sqlqueue.worker (
+        id, died_at, ttl, pid, slots, host, name, version, queues, tasks
+    )
+    select distinct worker_id, now(), interval '0', 0, 0, '', 'removed', '', array[]::text[],
+        array[]::text[]
+    from sqlqueue.lease
+    where not exists (select from sqlqueue.worker where worker.id = lease.worker_id)
+    on conflict do nothing;
     delete from sqlqueue.worker
     where died_at < now() - interval '1 day'
       and not exists (select from sqlqueue.lease where worker_id = worker.id);

@@ -3,7 +3,7 @@
 -- moves   nothing
 -- index   worker_pkey
 -- locks   the rows it marks; skips rows locked elsewhere, so it never waits
--- caller  rescue; Worker, of itself, at its end
+-- caller  rescue
 --
 -- From its commit on such a worker can neither beat nor claim, and its leases are orphans.
 update sqlqueue.worker

@@ -1,7 +1,7 @@
 -- Cancel a job that is scheduled or ready; return a row if it was.
 --
 -- moves   scheduled -> run, ready -> run
--- index   the primary keys
+-- index   ready_pkey, scheduled_pkey
 -- locks   the row it takes; waits for a promotion or a claim of it to commit
 -- caller  Job.cancel, twice: a job that moves while it looks is met the second time
 with was_scheduled as (

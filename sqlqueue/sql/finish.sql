@@ -80,13 +80,8 @@ select
     case when count(*) < cardinality(cast(:runs as integer[])) then
         array_agg(cast(job_id as text))
     end as some,
-    case when cast(:patience as integer) is not null then
+    case when cast(:patience as text) is not null then
         -- a process that stalls before its commit would hide the lease from rescue for ever
-        set_config('idle_in_transaction_session_timeout', cast(least(
-            cast(:patience as integer),
-            nullif(cast(extract(epoch from cast(
-                current_setting('idle_in_transaction_session_timeout') as interval
-            )) * 1000 as integer), 0)
-        ) as text), true)
+        set_config('idle_in_transaction_session_timeout', cast(:patience as text), true)
     end as silence
 from counted

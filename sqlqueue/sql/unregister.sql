@@ -1,0 +1,10 @@
+-- Mark a worker that stops as dead: should it have left a lease behind, others take it.
+--
+-- moves   nothing
+-- index   worker_pkey
+-- locks   the worker's row
+-- caller  Worker, at its end
+update sqlqueue.worker
+set died_at = now()
+where id = :worker
+returning id
