@@ -20,6 +20,7 @@ class Bell:
 
     poll       longest sleep
     has_hung   whether one was hung since `has_hung` was last set to False
+    is_in_vain whether one hangs although the worker is awake: to be taken down soon
     """
 
     def __init__(self, store: Store, queues: list[str], poll: timedelta) -> None:
@@ -30,19 +31,26 @@ class Bell:
         self._hangs_until = 0.0
         self._looks = 0
         self.has_hung = False
+        self.is_in_vain = False
 
     def look(self) -> None:
         """Look again soon: somebody rang."""
         self._looks = 0
 
-    def found(self, conn: Executes, worker: int, filled_by: Lane | None) -> None:
-        """Take the bell away; if this lane filled all slots, wake the others for the rest."""
+    def found(self, conn: Executes, filled_by: Lane | None) -> None:
+        """Take note of jobs; if this lane filled all slots, wake the others for the rest."""
         self._looks = 0
         if self._hangs_until > monotonic():
-            self._store.disarm(conn, self._queues, worker)
+            self.is_in_vain = True
             if filled_by:
                 self._store.pass_on(conn, filled_by.queue, filled_by.priority)
         self._hangs_until = 0.0
+
+    def take_down(self, conn: Executes, worker: int) -> None:
+        """Take the bell away if it is in vain: in a turn of its own, jobs start first."""
+        if self.is_in_vain:
+            self._store.disarm(conn, self._queues, worker)
+            self.is_in_vain = False
 
     def found_nothing(self, conn: Executes, worker: int, is_heard: bool) -> None:
         """Hang the bell after a few looks, if the worker would hear it, or when it grows old."""

@@ -11,12 +11,13 @@ def array(items: Iterable[object]) -> str:
     Strings are quoted, None is NULL. A column of nothing but None is written as `{}`, which
     `unnest` fills up with NULL beside longer columns.
     """
+    items = list(items)
+    if items.count(None) == len(items):
+        return "{}"
     texts = [
         "NULL" if item is None else '"' + str(item).replace("\\", "\\\\").replace('"', '\\"') + '"'
         for item in items
     ]
-    if all(text == "NULL" for text in texts):
-        return "{}"
     return "{" + ",".join(texts) + "}"
 
 

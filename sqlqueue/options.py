@@ -118,6 +118,11 @@ class Options:
         return replace(self, **changes) if changes else self
 
     @cached_property
+    def key(self) -> tuple[str | None, ...]:
+        """The same for options that are stored the same."""
+        return tuple(self.params.values())
+
+    @cached_property
     def params(self) -> dict[str, str | None]:
         """The parameters of enqueue.sql, as text; made once, since tasks share their options."""
         is_relative = isinstance(self.expires, timedelta)

@@ -166,7 +166,7 @@ class Queue:
     def _add(self, conn: Executes, calls: list[Call]) -> int:
         groups: dict[tuple[str, tuple[Any, ...]], list[Call]] = {}
         for call in calls:
-            groups.setdefault((call.task, tuple(call.options.params.values())), []).append(call)
+            groups.setdefault((call.task, call.options.key), []).append(call)
         added = 0
         for same in groups.values():
             ids, args = [call.id for call in same], [call.args for call in same]

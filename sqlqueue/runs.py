@@ -54,30 +54,27 @@ class Runs:
 
     def launch(self, rows: Iterable[Any]) -> None:
         """Hold claimed jobs and hand them to the executors of their tasks."""
-        now = monotonic()
+        now, patience = monotonic(), self._options.ttl * 2 / 3
         batches: dict[str, list[Run]] = {}
         for row in rows:
             task = self._queue.tasks[row.task]
-            run = Run(row, task, self._queue.store, now, self._options.ttl * 2 / 3)
+            run = Run(row, task, self._queue.store, now, patience)
             self.held[run.key] = run
-            if row.is_expired:
-                self.done(run, Ended(*run.key, "expired", error_type="expired"))
+            if row.is_expired or row.is_cancelled:
+                why = "expired" if row.is_expired else "cancelled"
+                self.done(run, Ended(*run.key, why, error_type=why))
                 continue
-            if row.is_cancelled:
-                self.done(run, Ended(*run.key, "cancelled", error_type="cancelled"))
-                continue
-            if row.timeout is not None:
-                self.next_check = min(self.next_check, now + row.timeout)
+            if row.timeout is not None and now + row.timeout < self.next_check:
+                self.next_check = now + row.timeout
             usual = "async" if task.is_async else "thread"
             kind = row.executor if row.executor in (usual, "process") else usual
+            if kind not in self._executors:
+                self._executors[kind] = self._make(kind)
+            run.executor = self._executors[kind]
             batches.setdefault(kind, []).append(run)
         if len(self.held) > self._options.slots:
             self.next_check = min(self.next_check, now + STALE)
         for kind, runs in batches.items():
-            if kind not in self._executors:
-                self._executors[kind] = self._make(kind)
-            for run in runs:
-                run.executor = self._executors[kind]
             self._executors[kind].submit(runs)
 
     def hold(self, run: Run, ended: Ended) -> None:

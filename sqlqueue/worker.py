@@ -250,10 +250,11 @@ class Worker:
         self._unsettled += self.runs.take_over()
         ended = self._unsettled[: 1 if self._isolates else None]
         room = self._room()
-        if not ended and room <= 0:
+        if not ended and room <= 0 and not self._bell.is_in_vain:
             return 0
         try:
             with self._link.begin(self.options.ttl * 2 / 3) as conn:
+                self._bell.take_down(conn, self.id)
                 finished, locked = self._settle(conn, ended)
                 rows = self._claim(conn, room) if room > 0 else []
                 strays = [self._stray(conn, r) for r in rows if r.task not in self.queue.tasks]
@@ -283,7 +284,7 @@ class Worker:
         for some in (succeeded, others):
             if some:
                 finished |= store.finish(conn, some)
-        if all(run.key[0] in finished for run, _ in ended):
+        if len(finished) == len(ended):
             return finished, set()
         held = store.leases(conn, self.id)
         return finished, {run.key[0] for run, _ in ended if run.key in held} - finished
@@ -370,7 +371,7 @@ class Worker:
         if probes and not rows:
             self._sees_suspects = False
         if rows:
-            self._bell.found(conn, self.id, lane if len(rows) == room else None)
+            self._bell.found(conn, lane if len(rows) == room else None)
         else:
             is_heard = self.options.listen and self.listener.is_heard
             self._bell.found_nothing(conn, self.id, is_heard)
@@ -394,7 +395,7 @@ class Worker:
 
     def _pause(self) -> float:
         """Say for how long to sleep if nobody wakes this thread."""
-        if self._unsettled or self._is_fenced:
+        if self._unsettled or self._is_fenced or self._bell.is_in_vain:
             return 0.005
         can_claim = self._stop_by is None and self._room() > 0
         wait = self.options.poll.total_seconds()
