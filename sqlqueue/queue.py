@@ -10,6 +10,7 @@ from itertools import islice
 from typing import Any, ParamSpec, TypeVar, overload
 from uuid import UUID
 
+from psycopg.pq import TransactionStatus
 from sqlalchemy import URL, Engine, create_engine
 
 from sqlqueue.codec import encode_call
@@ -186,10 +187,10 @@ class Queue:
                 with sqlalchemy_errors():
                     yield Driver(driver)
             finally:
-                if driver.closed:
-                    pooled.invalidate()
-                else:
+                if driver.pgconn.transaction_status == TransactionStatus.IDLE:
                     driver.autocommit = before
+                else:
+                    pooled.invalidate()
 
     def worker(self, *queues: str, **options: Any) -> Worker:
         """Return a worker of some queues, `NAME` or `NAME:WEIGHT`, to run in this program.

@@ -207,6 +207,11 @@ class Store:
         are_all, some, _ = self.rows(conn, "finish", params)[0]
         return {one.job_id for one in ended} if are_all else set(some or ())
 
+    def held(self, conn: Executes, runs: Sequence[tuple[str, int]]) -> set[str]:
+        """Return the job ids of those of some (job id, run) that still hold their lease."""
+        params = {"job_ids": [one[0] for one in runs], "runs": [one[1] for one in runs]}
+        return {row.job_id for row in self.rows(conn, "held", params)}
+
     def rescue(self, conn: Executes, batch: int, seen_dead: int | None = None) -> list[Ended]:
         """Bury dead workers and end their runs as crashed; return those runs.
 

@@ -284,10 +284,8 @@ class Worker:
         for some in (succeeded, others):
             if some:
                 finished |= store.finish(conn, some)
-        if len(finished) == len(ended):
-            return finished, set()
-        held = store.leases(conn, self.id)
-        return finished, {run.key[0] for run, _ in ended if run.key in held} - finished
+        left = [run.key for run, _ in ended if run.key[0] not in finished]
+        return finished, store.held(conn, left) if left else set()
 
     def _forget(
         self,

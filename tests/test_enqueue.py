@@ -502,6 +502,23 @@ def test_an_error_of_the_database_shows_no_argument_whatever_the_engine(
     application.dispose()
 
 
+def test_a_connection_that_broke_is_not_used_again(migrated_url, engine) -> None:
+    application = create_engine(migrated_url, pool_size=1, max_overflow=0)
+    queue = Queue(application)
+    queue.send("shop.greet")
+    ended = (
+        "select pg_terminate_backend(pid) from pg_stat_activity where datname = current_database()"
+    )
+    with engine.connect() as conn:
+        conn.execute(text(ended + " and pid <> pg_backend_pid()"))
+
+    with pytest.raises(DBAPIError):
+        queue.send("shop.greet")
+
+    assert exists(engine, queue.send("shop.greet"))
+    application.dispose()
+
+
 # Options
 
 

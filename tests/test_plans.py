@@ -30,6 +30,7 @@ ASKED: dict[str, Callable[[Store, Executes, int], object]] = {
         [Ended(new_id(), 1, "succeeded", None, 0.1, "1")]
         + [Ended(new_id(), 1, "failed", TTL, 0.1, None, "E", "e", "t") for _ in range(499)],
     ),
+    "held": lambda store, conn, worker: store.held(conn, [(new_id(), 1) for _ in range(500)]),
     "promote": lambda store, conn, worker: store.promote(conn, 10 * TTL, 500),
     "next_due": lambda store, conn, worker: store.next_due(conn),
     "lanes": lambda store, conn, worker: store.lanes(conn, "default", [0, 1], False),
