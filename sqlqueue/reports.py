@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from functools import cached_property, partial
+from multiprocessing import parent_process
 from pathlib import Path
 from typing import Any, NamedTuple
 from uuid import UUID
@@ -206,7 +207,8 @@ def load(app: str, url: URL | None, schema: str | None) -> Queue:
 
     Worker processes call it too. Raises ValueError if there is no such Queue.
     """
-    configure_logging()
+    if parent_process() is not None:
+        configure_logging()  # as the parent did, by the environment
     name, _, path = app.partition(":")
     found: Any = imported(name)
     queues = queues_of(found)
