@@ -257,7 +257,8 @@ class Worker:
                 self._bell.take_down(conn, self.id)
                 finished, locked = self._settle(conn, ended)
                 rows = self._claim(conn, room) if room > 0 else []
-                strays = [self._stray(conn, r) for r in rows if r.task not in self.queue.tasks]
+                unknown = [row for row in rows if row.task not in self.queue.tasks]
+                strays = [self._stray(conn, row) for row in unknown]
         except psycopg.DataError as error:
             # One outcome that cannot be stored must not hold up the others: find it, end it.
             if not ended:
@@ -272,7 +273,7 @@ class Worker:
         self._forget(ended, finished, locked)
         for run, end in strays:
             self.runs.hold(run, end)
-        self.runs.launch(row for row in rows if row.task in self.queue.tasks)
+        self.runs.launch([row for row in rows if row not in unknown] if unknown else rows)
         return len(rows)
 
     def _settle(self, conn: Executes, ended: Sequence[End]) -> tuple[set[str], set[str]]:
@@ -296,6 +297,7 @@ class Worker:
         self._unsettled = self._unsettled[len(ended) :]
         self._isolates = bool(self._unsettled)
         rans: list[float] = []
+        says_all = log.isEnabledFor(logging.DEBUG)
         for run, one in ended:
             if run.key[0] in locked:
                 if one is None:
@@ -314,7 +316,8 @@ class Worker:
                     rans.append(one.ran)
                 if one.wait is not None:
                     self.upkeep.expect(one.wait)
-                self._report(one)
+                if says_all or one.outcome != "succeeded":
+                    self._report(one)
         if rans:
             mean = sum(rans) / len(rans)
             self._usual = 0.7 * self._usual + 0.3 * mean if self._usual else mean
