@@ -5,20 +5,17 @@ wait in order, and says of each how it ended.
 """
 
 import asyncio
-import logging
 import threading
-from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextlib import suppress
 from contextvars import Context
 from queue import Empty, SimpleQueue
 from time import monotonic
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 from sqlqueue.run import Run, has_traces
 from sqlqueue.store import Ended
 
-log = logging.getLogger("sqlqueue.worker")
 IN_A_ROW = 32  # runs that a slot takes before it lets others use the loop
 # How a run ended; None if the task finished its job itself.
 Done = Callable[[Run, Ended | None], None]
@@ -59,26 +56,19 @@ class LoopExecutor:
         self._perform = perform
         self._close = close
         self._done = done
-        self._waiting: deque[Run] = deque()
+        self._waiting: SimpleQueue[Run] = SimpleQueue()
         self._tasks: set[asyncio.Task[None]] = set()
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._run, name="sqlqueue loop", daemon=True)
+        loop = self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=loop.run_forever, name="sqlqueue loop", daemon=True)
         self._thread.start()
 
-    def _run(self) -> None:
-        asyncio.set_event_loop(self._loop)
-        self._loop.run_forever()
-
     def submit(self, runs: Sequence[Run]) -> None:
-        self._waiting.extend(runs)
+        for run in runs:
+            self._waiting.put(run)
         self._loop.call_soon_threadsafe(self._fill)
 
     def withdraw(self) -> list[Run]:
-        withdrawn: list[Run] = []
-        with suppress(IndexError):  # the loop took the last one
-            while True:
-                withdrawn.append(self._waiting.pop())
-        return withdrawn
+        return _taken_from(self._waiting)
 
     def interrupt(self, run: Run) -> None:
         def cancel() -> None:
@@ -92,30 +82,23 @@ class LoopExecutor:
         self._thread.join(timeout=1)
 
     def _fill(self) -> None:
-        for _ in range(min(len(self._waiting), self._slots - len(self._tasks))):
+        for _ in range(min(self._waiting.qsize(), self._slots - len(self._tasks))):
             work = self._loop.create_task(self._serve(), context=Context())
             self._tasks.add(work)
 
     async def _serve(self) -> None:
-        task = cast("asyncio.Task[None]", asyncio.current_task())
-        quick = 0
+        task: Any = asyncio.current_task()
         try:
-            while self._waiting:
-                run = self._waiting.popleft()
+            for _ in range(IN_A_ROW):
+                run = self._waiting.get_nowait()
                 run.handle = task
                 steps = _Steps(self._perform(run))
-                try:
-                    ended = await steps
-                except asyncio.CancelledError as error:  # while it cleaned up
-                    ended = run.failed(error)
+                ended = await steps
                 run.handle = None
                 self._done(run, ended)
                 if steps.have_waited or task.cancelling() or has_traces():
-                    return
-                quick += 1
-                if quick % IN_A_ROW == 0:
-                    await asyncio.sleep(0)
-        except IndexError:  # somebody withdrew the last one
+                    break
+        except Empty:
             return
         finally:
             self._tasks.discard(task)
@@ -137,10 +120,7 @@ class _Steps(Awaitable[Ended | None]):
         return self
 
     def __next__(self) -> Any:
-        return self.send(None)
-
-    def send(self, value: Any) -> Any:
-        waits_for = self._coroutine.send(value)
+        waits_for = self._coroutine.send(None)
         self.have_waited = True
         return waits_for
 
@@ -149,40 +129,31 @@ class _Steps(Awaitable[Ended | None]):
 
 
 class ThreadExecutor:
-    """Runs things in threads: `def` tasks themselves, or a child process each.
+    """Runs things in threads, one for each slot: `def` tasks themselves, or child processes.
 
-    make     called once in each thread; returns what runs a run there
+    make     called once for each slot; returns what runs one run at a time
     """
 
     def __init__(self, slots: int, make: Callable[[], "Performer"], done: Done) -> None:
-        self._slots = slots
-        self._make = make
         self._done = done
         self._waiting: SimpleQueue[Run | None] = SimpleQueue()
+        self._free = [make() for _ in range(slots)]  # the last one used is the first to be used
         self._threads: list[threading.Thread] = []
-        self._idle = threading.Semaphore(0)
+        for _ in range(slots):
+            thread = threading.Thread(target=self._work, name="sqlqueue task", daemon=True)
+            self._threads.append(thread)
+            thread.start()
 
     def submit(self, runs: Sequence[Run]) -> None:
         for run in runs:
             self._waiting.put(run)
-            if len(self._threads) < self._slots and not self._idle.acquire(blocking=False):
-                thread = threading.Thread(target=self._work, name="sqlqueue task", daemon=True)
-                self._threads.append(thread)
-                thread.start()
 
     def withdraw(self) -> list[Run]:
-        withdrawn: list[Run] = []
-        while True:
-            try:
-                run = self._waiting.get_nowait()
-            except Empty:
-                return withdrawn
-            if run is not None:
-                withdrawn.append(run)
+        return _taken_from(self._waiting)
 
     def interrupt(self, run: Run) -> None:
-        if run.handle is not None:
-            run.handle.interrupt(run)
+        if performer := run.handle:
+            performer.interrupt(run)
 
     def stop(self) -> None:
         for _ in self._threads:
@@ -192,23 +163,31 @@ class ThreadExecutor:
             thread.join(timeout=max(0, deadline - monotonic()))
 
     def _work(self) -> None:
-        performer = self._make()
         while (run := self._waiting.get()) is not None:
-            run.handle = performer
-            self._done(run, performer.perform(run))
-            if len(self._threads) < self._slots:
-                self._idle.release()
-        performer.close()
+            performer = self._free.pop()
+            ended = Context().run(performer.perform, run)
+            self._free.append(performer)
+            self._done(run, ended)
+        self._free.pop().close()
+
+
+def _taken_from(waiting: SimpleQueue[Any]) -> list[Run]:
+    """Take out all that nobody else has taken."""
+    taken: list[Run] = []
+    with suppress(Empty):
+        while True:
+            taken.append(waiting.get_nowait())
+    return taken
 
 
 class Performer(Protocol):
-    """What runs one run at a time in a thread of the ThreadExecutor."""
+    """What runs one run at a time for the ThreadExecutor.
+
+    If it can stop a run, it has a method `interrupt` and is the run's `handle` while it runs.
+    """
 
     def perform(self, run: Run) -> Ended | None:
         """Run it to its end; return how it ended."""
 
-    def interrupt(self, run: Run) -> None:
-        """Stop it from another thread, where that is possible."""
-
-    def close(self) -> None:
+    def close(self) -> object:
         """Free what it holds."""

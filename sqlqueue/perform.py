@@ -6,7 +6,6 @@ of how the run ended.
 
 import asyncio
 from collections.abc import Callable
-from contextvars import copy_context
 
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
@@ -16,16 +15,16 @@ from sqlqueue.store import Ended
 
 
 class InThread:
-    """Calls functions in the thread it is used in; cannot stop them, only tell them."""
+    """Calls functions in the thread it is used in, coroutine functions on a loop of their own.
+
+    It cannot stop them: a task sees `is_cancelled`.
+    """
 
     def __init__(self, session: Callable[[], Session]) -> None:
         self._session = session
 
     def perform(self, run: Run) -> Ended | None:
         """Call the function; None if the run finished its job in a transaction of its own."""
-        return copy_context().run(self._perform, run)
-
-    def _perform(self, run: Run) -> Ended | None:
         try:
             args, kwargs = run.start()
             if run.registered.transactional:
@@ -33,12 +32,11 @@ class InThread:
                     run.finish(session, run.registered.function(session, *args, **kwargs))
                 return None
             result = run.registered.function(*args, **kwargs)
+            if run.registered.is_async:
+                result = asyncio.run(result)
             return None if run.has_finished else run.succeeded(result)
         except BaseException as error:
             return run.failed(error)
-
-    def interrupt(self, run: Run) -> None:
-        """Do nothing: the task sees `is_cancelled`."""
 
     def close(self) -> None:
         """Do nothing: there is nothing to free."""
@@ -63,13 +61,3 @@ class OnLoop:
             return None if run.has_finished else run.succeeded(result)
         except BaseException as error:
             return run.failed(error)
-
-
-def alone(run: Run) -> Ended | None:
-    """Call the function in a child process, a coroutine function on a loop of its own."""
-    try:
-        args, kwargs = run.start()
-        result = run.registered.function(*args, **kwargs)
-        return run.succeeded(asyncio.run(result) if run.registered.is_async else result)
-    except BaseException as error:
-        return run.failed(error)

@@ -4,13 +4,12 @@ Children are started with spawn, live long, and are replaced after a number of r
 have grown too large. A child leads a process group of its own, and dies with its parent.
 """
 
-import importlib
-import logging
 import os
+import pkgutil
 import resource
 import signal
 import threading
-from functools import reduce
+from contextlib import suppress
 from multiprocessing import get_context, parent_process
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -18,12 +17,13 @@ from time import monotonic
 from types import SimpleNamespace
 from typing import Any
 
-from sqlqueue import perform
+from sqlalchemy.orm import Session
+
+from sqlqueue.perform import InThread
 from sqlqueue.run import Run
 from sqlqueue.store import Ended, Store
 from sqlqueue.task import Task
 
-log = logging.getLogger("sqlqueue.worker")
 SPAWN = get_context("spawn")
 
 
@@ -38,70 +38,72 @@ class Child:
         self._max_runs = max_runs
         self._max_bytes = max_bytes
         self._process: Any = None
-        self._current: Run | None = None
-        self._pipe: Connection[Any, Any]
+        self._pipe: Connection[Any, tuple[Ended | None, int]]
         self._runs = 0
         self._lock = threading.Lock()  # of killing: never a process that has begun another run
 
-    def perform(self, run: Run) -> Ended:
+    def perform(self, run: Run) -> Ended | None:
         """Run it in the child; a child that dies over it is a crash."""
-        with self._lock:
+        if run.interrupted:
+            return run.stopped()
+        try:
             if self._process is None:
                 self._start()
-            self._current = run
-            if run.interrupted:
-                return run.stopped()
+            ended, rss = self._ask(run)
+        except (EOFError, OSError):
+            return run.crashed(f"its process ended with exit code {self.close()}")
+        self._runs += 1
+        if run.interrupted or self._runs >= self._max_runs or rss > (self._max_bytes or rss):
+            self.close()
+        return run.stopped() if run.interrupted else ended
+
+    def _ask(self, run: Run) -> tuple[Ended | None, int]:
+        """Have the child run it; say how that ended, and the memory the child has then."""
+        run.handle = self  # first: who interrupts a run says so in it, and then looks here
         try:
+            if run.interrupted:
+                return run.stopped(), 0
             if self._runs == 0:
                 self._pipe.recv()  # it has started
             run.started = monotonic()
-            self._pipe.send((_address(run.registered), run.row._asdict(), run.claimed))
-            ended, rss = self._pipe.recv()
-        except (EOFError, OSError):
-            self._process.join()
-            how = f"its process ended with exit code {self._process.exitcode}"
-            self._discard()
-            return run.crashed(how)
-        with self._lock:
-            self._current = None
-        self._runs += 1
-        if run.interrupted or self._runs >= self._max_runs or rss > (self._max_bytes or rss):
-            self._discard()
-        result: Ended = run.stopped() if run.interrupted else ended
-        return result
+            task = run.registered
+            address = f"{task.__module__}:{task.__qualname__}"
+            self._pipe.send((address, run.row._asdict(), run.claimed))
+            return self._pipe.recv()
+        finally:
+            with self._lock:
+                run.handle = None
 
     def interrupt(self, run: Run) -> None:
         """Kill the child and all it started, if it still runs this run."""
         with self._lock:
-            if self._process is not None and self._current is run:
+            if run.handle is self:
                 _kill_group(self._process.pid)
 
-    def close(self) -> None:
-        """End the child."""
-        if self._process is not None:
-            self._discard()
-
-    def _start(self) -> None:
-        self._pipe, theirs = SPAWN.Pipe()
-        self._process = SPAWN.Process(target=_serve, args=(theirs,), name="sqlqueue task")
-        self._process.start()
-        theirs.close()
-        self._runs = 0
-
-    def _discard(self) -> None:
-        with self._lock:
-            process, self._process, self._current = self._process, None, None
+    def close(self) -> int | None:
+        """End the process, if there is one; return its exit code, its own if it was dead."""
+        process, self._process = self._process, None
+        if process is None:
+            return None
         _kill_group(process.pid)
         process.join()
         self._pipe.close()
+        code: int | None = process.exitcode
+        return code
+
+    def _start(self) -> None:
+        self._pipe, theirs = SPAWN.Pipe()
+        process = SPAWN.Process(target=_serve, args=(theirs,), name="sqlqueue task")
+        process.start()
+        theirs.close()
+        self._process = process
+        self._runs = 0
 
 
 def _kill_group(pid: int) -> None:
     for kill in (os.killpg, os.kill):  # the second: it has not yet made its own group
-        try:
+        with suppress(ProcessLookupError):
             kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            continue
 
 
 def die_with_parent() -> None:
@@ -118,36 +120,33 @@ def die_with_parent() -> None:
     threading.Thread(target=watch, name="sqlqueue parent", daemon=True).start()
 
 
-def _address(task: Task[..., Any]) -> tuple[str, str]:
-    return task.function.__module__, task.function.__qualname__
-
-
-def _find(module: str, name: str) -> "Task[..., Any]":
-    """Import a task. Raises TypeError if there is something else where its function was defined."""
-    found: Any = reduce(getattr, name.split("."), importlib.import_module(module))
-    if not isinstance(found, Task):
-        raise TypeError(f"{module}.{name} is no task: a process finds tasks by the function's name")
-    return found
-
-
 def _serve(pipe: "Connection[Any, Any]") -> None:
     """Be a child: take runs from the pipe one by one, and say how each ended."""
     os.setpgid(0, 0)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     die_with_parent()
     pipe.send(None)
-    while True:
-        try:
-            (module, name), row, claimed = pipe.recv()
-        except EOFError:
-            return
-        run = Run(SimpleNamespace(**row), None, Store(), claimed)
-        try:
-            run.registered = _find(module, name)
-            ended = perform.alone(run)
-        except Exception as error:  # importing runs user code
-            ended = run.failed(error)
-        pipe.send((ended, resident_bytes()))
+    with suppress(EOFError):  # the parent is gone
+        while True:
+            ended = _perform(*pipe.recv())
+            pipe.send((ended, resident_bytes()))
+
+
+def _perform(address: str, row: dict[str, Any], claimed: float) -> Ended | None:
+    run = Run(SimpleNamespace(**row), None, Store(), claimed)
+    try:
+        run.registered = _find(address)
+        return InThread(Session).perform(run)
+    except Exception as error:  # importing runs user code
+        return run.failed(error)
+
+
+def _find(address: str) -> "Task[..., Any]":
+    """Import a task. Raises TypeError if there is something else where its function was defined."""
+    found = pkgutil.resolve_name(address)
+    if not isinstance(found, Task):
+        raise TypeError(f"{address} is no task: a process finds tasks by the function's name")
+    return found
 
 
 def resident_bytes() -> int:

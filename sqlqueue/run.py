@@ -6,9 +6,11 @@ The same code runs in threads, on the event loop and in child processes.
 import logging
 import traceback
 from contextvars import ContextVar, copy_context
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from time import monotonic
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from uuid import UUID
 
 import psycopg
@@ -18,9 +20,6 @@ from sqlqueue.errors import BadArguments, Cancel, LeaseLost, NotRepresentable, R
 from sqlqueue.retry import Retry, class_name
 from sqlqueue.store import Ended, Executes, Store
 from sqlqueue.transaction import Transaction, across, within
-
-if TYPE_CHECKING:
-    from sqlqueue.task import Task
 
 log = logging.getLogger("sqlqueue.worker")
 MAX_ERROR_BYTES = 64 * 1024
@@ -34,9 +33,10 @@ def current_run() -> "Run":
 
 def has_traces() -> bool:
     """Whether code of a task has set a context variable in this context, which began empty."""
-    return any(variable is not _current for variable in copy_context())
+    return len(copy_context()) > 1  # _current is one
 
 
+@dataclass(eq=False, repr=False)
 class Run:
     """One execution of a job.
 
@@ -50,55 +50,31 @@ class Run:
     has_finished  whether the task called `finish`
     """
 
+    row: Any
+    registered: Any  # the Task; None if there is none, or none that can be imported
+    _store: Store
+    claimed: float
+    _patience: timedelta | None = None
     interrupted: str | None = None
-    interrupted_at = 0.0
-    is_over = False
-    has_finished = False
+    interrupted_at: float = 0.0
+    is_over: bool = False
+    has_finished: bool = False
     started: float | None = None
     ran: float | None = None
     executor: Any = None
     handle: Any = None
 
-    def __init__(
-        self,
-        row: Any,
-        task: "Task[..., Any] | None",
-        store: Store,
-        claimed: float,
-        patience: timedelta | None = None,
-    ) -> None:
-        self.row = row
-        self.key: tuple[str, int] = (row.job_id, row.run)
-        self.registered: Task[..., Any] = task  # type: ignore[assignment]  # None never runs
-        self.claimed = claimed
-        self._patience = patience
-        self._store = store
+    def __post_init__(self) -> None:
+        self.key: tuple[str, int] = (self.row.job_id, self.row.run)
+        self.number: int = self.row.run
+        self.attempt: int = self.row.failures + 1
+        self.task: str = self.row.task
+        self.queue: str = self.row.queue
 
     @property
     def job_id(self) -> UUID:
         """The job's id."""
         return UUID(self.key[0])
-
-    @property
-    def number(self) -> int:
-        """1 for the first run of the job; never used twice."""
-        return self.key[1]
-
-    @property
-    def task(self) -> str:
-        """The task's name."""
-        return self.registered.name
-
-    @property
-    def queue(self) -> str:
-        """The queue that the job was claimed from."""
-        name: str = self.row.queue
-        return name
-
-    @property
-    def attempt(self) -> int:
-        """Failures before this run, plus one."""
-        return int(self.row.failures) + 1
 
     @property
     def headers(self) -> dict[str, str]:
@@ -127,27 +103,21 @@ class Run:
 
         Raises LeaseLost if this run may no longer do so: roll back then.
         """
-        within(transaction, self._finishing(result))
-        self.has_finished = True
+        within(transaction, partial(self._finish, self.succeeded(result)))
 
     async def afinish(self, transaction: Transaction, result: Any = None) -> None:
         """Do what `finish` does, in an async transaction."""
-        await across(transaction, self._finishing(result))
+        await across(transaction, partial(self._finish, self.succeeded(result)))
+
+    def _finish(self, ended: Ended, conn: Executes) -> None:
+        try:
+            finished = self._store.finish(conn, [ended], self._patience)
+        except psycopg.errors.SerializationFailure as error:
+            raise LeaseLost(self.job_id, self.number) from error
+        if not finished:
+            raise LeaseLost(self.job_id, self.number)
+        self.ran = ended.ran
         self.has_finished = True
-
-    def _finishing(self, result: Any) -> Any:
-        ended = self.succeeded(result)
-
-        def work(conn: Executes) -> None:
-            try:
-                finished = self._store.finish(conn, [ended], self._patience)
-            except psycopg.errors.SerializationFailure as error:
-                raise LeaseLost(self.job_id, self.number) from error
-            if not finished:
-                raise LeaseLost(self.job_id, self.number)
-            self.ran = ended.ran
-
-        return work
 
     def start(self) -> tuple[list[Any], dict[str, Any]]:
         """Begin: make this the current run and return the arguments of the call."""
@@ -155,13 +125,14 @@ class Run:
             raise InterruptedError
         self.started = monotonic()
         _current.set(self)
-        return self.registered.shape.decode(self.row.args)
+        call: tuple[list[Any], dict[str, Any]] = self.registered.shape.decode(self.row.args)
+        return call
 
     def succeeded(self, result: Any) -> Ended:
         """Describe the end of a run that returned `result`."""
         text = encode_value(result, self.registered.returns)
         kept = text if self.row.keep and text != "null" else None
-        return Ended(*self.key, "succeeded", None, self._ran(), kept)
+        return self._ended("succeeded", None, result=kept)
 
     def failed(self, error: BaseException) -> Ended:
         """Describe the end of a run that raised `error`."""
@@ -169,26 +140,19 @@ class Run:
             return self.stopped()
         if isinstance(error, Snooze):
             return self._ended("snoozed", error.wait)
-        if isinstance(error, Cancel):
-            seen = traceback.TracebackException.from_exception(error)
-            return self._ended("cancelled", None, "cancelled", str(seen))
-        if isinstance(error, BadArguments | NotRepresentable):
-            wait = None  # the next run would fare no better
-        elif isinstance(error, RetryIn):
-            wait = error.wait if self.attempt < self.row.attempts else None
-        else:
-            wait = self._wait(error)
         # Unlike str(error), this copes with exceptions whose own code fails.
         seen = traceback.TracebackException.from_exception(error)
-        trace = "".join(seen.format())
-        return self._ended("failed", wait, class_name(type(error)), str(seen), trace)
+        text = _storable(str(seen))
+        if isinstance(error, Cancel):
+            return self._ended("cancelled", None, "cancelled", text)
+        trace = _storable("".join(seen.format()))
+        return self._ended("failed", self._wait(error), class_name(type(error)), text, trace)
 
     def stopped(self) -> Ended:
         """Describe the end of a run that was interrupted."""
         if self.interrupted == "timed_out":
             error = TimeoutError(f"ran for longer than {self.row.timeout} s")
-            wait = self._wait(error)
-            return self._ended("timed_out", wait, "TimeoutError", str(error))
+            return self._ended("timed_out", self._wait(error), "TimeoutError", str(error))
         if self.interrupted == "cancelled":
             return self._ended("cancelled", None, "cancelled", "cancelled while it ran")
         return self._ended("returned", timedelta(0))
@@ -206,34 +170,29 @@ class Run:
 
     def _wait(self, error: BaseException) -> timedelta | None:
         """Ask the job's policy, or the default one if that cannot be read or its `decide` fails."""
-        attempts, declared = self.row.attempts, self.registered.options.retry
+        attempts = self.row.attempts
+        if isinstance(error, BadArguments | NotRepresentable):
+            return None  # the next run would fare no better
+        if isinstance(error, RetryIn):
+            return error.wait if self.attempt < attempts else None
         try:
+            declared = self.registered and self.registered.options.retry
             wait = Retry.from_json(attempts, self.row.retry, declared).wait(error, self.attempt)
-            if wait is None or isinstance(wait, timedelta):
-                return wait
-            log.error("job %s: its retry policy gave no timedelta", self.key[0])
+            if not isinstance(wait, timedelta | None):
+                raise TypeError("decide gave no timedelta")
+            return wait
         except Exception:
             log.exception("job %s: its retry policy failed", self.key[0])
-        return Retry(attempts=attempts).wait(error, self.attempt)
+            return Retry(attempts=attempts).wait(error, self.attempt)
 
     def _ended(
-        self,
-        outcome: str,
-        wait: timedelta | None,
-        kind: str | None = None,
-        error: str | None = None,
-        trace: str | None = None,
+        self, outcome: str, wait: timedelta | None, *texts: str, result: str | None = None
     ) -> Ended:
-        texts = (kind, _storable(error), _storable(trace))
-        return Ended(*self.key, outcome, wait, self._ran(), None, *texts)
-
-    def _ran(self) -> float | None:
-        return None if self.started is None else monotonic() - self.started
+        ran = None if self.started is None else monotonic() - self.started
+        return Ended(*self.key, outcome, wait, ran, result, *texts)
 
 
-def _storable(text: str | None) -> str | None:
+def _storable(text: str) -> str:
     """Cut a text and replace what Postgres cannot hold: NUL and lone surrogates."""
-    if text is None:
-        return None
     cut = text.replace("\0", "\N{REPLACEMENT CHARACTER}").encode("utf-8", "replace")
     return cut[-MAX_ERROR_BYTES:].decode("utf-8", "ignore")

@@ -5,24 +5,23 @@ for a child whose code holds the interpreter's lock, and keeps one probe process
 suspects: jobs that took two workers down, which run there alone.
 """
 
-import ctypes
 import logging
 import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from ctypes import Structure, c_bool, c_double, c_int64
+from dataclasses import replace
+from functools import partial
 from multiprocessing import connection
 from multiprocessing.sharedctypes import RawValue
 from time import monotonic
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 from sqlqueue.link import DatabaseError, Link
 from sqlqueue.process import SPAWN, die_with_parent
+from sqlqueue.queue import Queue
 from sqlqueue.worker import Worker, WorkerOptions
-
-if TYPE_CHECKING:
-    from sqlqueue.queue import Queue
 
 log = logging.getLogger("sqlqueue.supervisor")
 LOOK_EVERY = 0.2  # seconds
@@ -30,20 +29,16 @@ RESTART_AFTER = 1.0  # seconds between two starts of a child that keeps dying
 SWITCH_EVERY = 0.0001  # seconds: turns wait for the interpreter's lock behind tasks; 0.005 is usual
 STUCK = 75  # exit code of a child that is to be replaced
 SILENT_TTLS = 10  # a child that gives no sign for this many ttl is killed
+Load = Callable[[], Queue]
 
 
-class Signs(ctypes.Structure):
+class Signs(Structure):
     """What a child tells its parent, in shared memory: it needs neither's cooperation."""
 
-    _fields_ = [
-        ("worker_id", ctypes.c_int64),
-        ("beat_at", ctypes.c_double),
-        ("wants_probe", ctypes.c_bool),
-    ]
+    _fields_ = [("worker_id", c_int64), ("beat_at", c_double), ("wants_probe", c_bool)]
 
 
-@dataclass
-class _Child:
+class _Child(NamedTuple):
     options: WorkerOptions
     signs: Any
     process: Any
@@ -57,20 +52,15 @@ class Supervisor:
     """
 
     def __init__(
-        self,
-        load: Callable[[], "Queue"],
-        names: Sequence[str],
-        options: WorkerOptions,
-        processes: int,
+        self, load: Load, names: Sequence[str], options: WorkerOptions, processes: int
     ) -> None:
-        self._load = load
-        self._names = names
+        self._serve = partial(_serve, load, names)
         self._options = replace(options, suspects="never")
-        self._queue = load()
-        self._link = Link(self._queue.engine, self._queue.store)
-        self._processes = processes
+        queue = load()
+        self._store = queue.store
+        self._link = Link(queue.engine, queue.store)
         self._children: list[_Child] = []
-        self._starts: list[float] = []  # when to start another worker, monotonic
+        self._starts = [0.0] * processes  # when to start another worker, monotonic
         self._dead: set[int] = set()  # workers whose leases are to be handed back
         self._signals = 0
 
@@ -81,7 +71,6 @@ class Supervisor:
         """
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._pass_on)
-        self._starts = [0.0] * self._processes
         while self._children or self._starts or self._dead:
             due = [at for at in self._starts if at <= monotonic() or self._signals]
             for at in due:
@@ -102,9 +91,7 @@ class Supervisor:
         if self._signals:
             return
         signs = RawValue(Signs, 0, monotonic(), False)
-        process = SPAWN.Process(
-            target=_serve, args=(self._load, self._names, options, signs), name="sqlqueue worker"
-        )
+        process = SPAWN.Process(target=self._serve, args=(options, signs), name="sqlqueue worker")
         process.start()
         self._children.append(_Child(options, signs, process, monotonic()))
         if self._signals:  # came while it started
@@ -118,7 +105,6 @@ class Supervisor:
     def _bury(self, child: _Child) -> None:
         """Have the jobs of a child that has ended handed back; replace it if it should go on."""
         self._children.remove(child)
-        child.process.join()
         if child.process.exitcode == 0:
             return
         log.error("a worker process ended with exit code %s", child.process.exitcode)
@@ -131,8 +117,8 @@ class Supervisor:
         """Hand back what a dead worker holds; again, while its last transaction still ends."""
         try:
             with self._link.begin(self._options.ttl) as conn:
-                ended = self._queue.store.rescue(conn, 10_000, worker)
-                left = self._queue.store.leases(conn, worker)
+                ended = self._store.rescue(conn, 10_000, worker)
+                left = self._store.leases(conn, worker)
         except DatabaseError as error:
             log.error("worker %d died; its jobs are rescued after its ttl: %s", worker, error)
             ended, left = [], {}
@@ -157,14 +143,12 @@ class Supervisor:
     def _beat_for(self, child: _Child) -> None:
         try:
             with self._link.begin(self._options.ttl) as conn:
-                self._queue.store.beat(conn, child.signs.worker_id)
+                self._store.beat(conn, child.signs.worker_id)
         except DatabaseError as error:
             log.warning("no beat for worker %d: %s", child.signs.worker_id, error)
 
 
-def _serve(
-    load: Callable[[], "Queue"], names: Sequence[str], options: WorkerOptions, signs: Any
-) -> None:
+def _serve(load: Load, names: Sequence[str], options: WorkerOptions, signs: Any) -> None:
     """Be a child: work until told to stop."""
     die_with_parent()
     sys.setswitchinterval(SWITCH_EVERY)

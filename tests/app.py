@@ -112,6 +112,14 @@ async def async_in_process() -> int:
     return os.getpid()
 
 
+@queue.task(name="hidden", executor="process", retry=Retry(attempts=1))
+def hidden() -> None:
+    """Be known to the worker, under a name that holds something else in a child process."""
+
+
+known_to_the_worker, hidden = hidden, None  # type: ignore[assignment]
+
+
 @queue.task(name="segfault", executor="process", max_crashes=2)
 def segfault() -> None:
     """Read at address 0."""

@@ -280,6 +280,15 @@ def test_a_coroutine_runs_in_a_child_process(app):
         assert app.async_in_process.enqueue().wait(SOON) != os.getpid()
 
 
+def test_a_process_that_does_not_find_the_task_fails_the_job_and_says_why(app, engine):
+    with app.queue.worker("default", **POLLING):
+        job = ended(app.known_to_the_worker.enqueue())
+
+    assert (job.state, job.error_type) == ("failed", "TypeError")
+    assert "app:hidden is no task" in job.error
+    assert outcomes(engine, job.id) == ["failed"]
+
+
 def test_a_segfault_ends_its_job_and_leaves_its_neighbours_alone(app, engine):
     """It crashes max_crashes times; threads and other children of the worker go on."""
     with app.queue.worker("default", **POLLING, slots=4):
