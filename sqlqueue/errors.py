@@ -35,6 +35,34 @@ class IdOutOfRange(SqlqueueError, ValueError):
         )
 
 
+class QueueFull(SqlqueueError):
+    """As many jobs wait in the queue as its policy allows; nothing was enqueued."""
+
+    def __init__(self, queue: str) -> None:
+        super().__init__(
+            f"queue {queue} is full: nothing was enqueued. Try again later, or raise max_waiting"
+        )
+        self.queue = queue
+
+
+class DuplicateJob(SqlqueueError):
+    """Another job holds the unique key; nothing was enqueued."""
+
+    def __init__(self, job_id: UUID) -> None:
+        super().__init__(f"nothing was enqueued: job {job_id} holds the same unique key")
+        self.job_id = job_id
+
+
+class UniqueKeyBusy(SqlqueueError):
+    """Another transaction has been taking the unique key for 1 s; nothing was enqueued."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "nothing was enqueued: another transaction is enqueuing a job with the same unique "
+            "key, and has not committed for 1 s. Your transaction can go on; try again"
+        )
+
+
 class UnsupportedTransaction(SqlqueueError, TypeError):
     """What was given to `using` is no transaction that sqlqueue can write in."""
 

@@ -53,7 +53,7 @@ class Heartbeat:
         with self.link.begin(worker.options.ttl) as conn:
             is_alive = store.beat(conn, number)
         if not is_alive:
-            if number == worker.id:
+            if number == worker.id and not worker.stopped.is_set():
                 worker.fence("was declared dead")
             return self._ttl / 6
         self._beat_at = began

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from sqlqueue.queue import Queue
 
 R = TypeVar("R")
-LIVE = ("scheduled", "ready", "running")
+LIVE = ("scheduled", "waiting", "ready", "running")
 
 
 class Job(Generic[R]):
@@ -121,4 +121,4 @@ class Job(Generic[R]):
         Possible if it failed or was cancelled. Its past runs are kept.
         """
         with self._queue.autocommit() as conn:
-            return self._queue.store.retry(conn, str(self.id))
+            return bool(self._queue.store.retry(conn, str(self.id)))

@@ -82,13 +82,12 @@ class Lanes:
         mine = [lane for lane in self.floors if lane.queue == queue]
         return sorted(lane.priority for lane in mine if lane.is_suspect == is_suspect)
 
-    def in_order(self, is_suspect: bool) -> Sequence[Lane]:
-        """Return the lanes in the order to look at them: by queue, then by priority."""
-        rank = {name: place for place, name in enumerate(self._draw())}
-        mine = [lane for lane in self.floors if lane.is_suspect == is_suspect]
-        return sorted(mine, key=lambda lane: (rank[lane.queue], lane.priority))
+    def in_queue(self, queue: str, is_suspect: bool) -> list[Lane]:
+        """Return the lanes known of a queue, in the order to look at them."""
+        return [Lane(queue, priority, is_suspect) for priority in self.known(queue, is_suspect)]
 
-    def _draw(self) -> list[str]:
+    def draw(self) -> list[str]:
+        """Return the queues in the order to look at them this time."""
         if all(weight is None for weight in self.queues.values()):
             return self.names
         # Efraimidis and Spirakis, "Weighted random sampling with a reservoir" (2006): sorting by

@@ -13,23 +13,14 @@ from functools import cached_property
 from typing import Any
 
 from sqlqueue.literal import array
+from sqlqueue.policy import Unique
 from sqlqueue.retry import LONGEST, Retry
 
 NAME = re.compile(r"[A-Za-z0-9_.:-]{1,100}")
 MAX_HEADER_BYTES = 8 * 1024
 EXECUTORS = ("async", "thread", "process")
-# Options that a job has in columns of the same name, as they are.
-COLUMNS = [
-    "queue",
-    "priority",
-    "max_crashes",
-    "keep",
-    "delay",
-    "run_at",
-    "timeout",
-    "executor",
-    "description",
-]
+# Options that are stored otherwise than in a column of the same name, as they are.
+DERIVED = {"retry", "expires", "tags", "headers", "weight", "unique"}
 
 
 def check_name(what: str, name: str) -> str:
@@ -56,6 +47,9 @@ class Options:
     tags         words for people and tools
     description  for people
     headers      strings by name, for tools; at most 8 KiB as JSON
+    key          what limits, shares and order go by, where its queue or task has a Policy
+    weight       what it takes of a rate
+    unique       that only one such job exists at a time
     """
 
     queue: str = "default"
@@ -71,6 +65,9 @@ class Options:
     tags: Sequence[str] = ()
     description: str | None = None
     headers: Mapping[str, str] = field(default_factory=dict)
+    key: str | None = None
+    weight: int = 1
+    unique: Unique | None = None
 
     def __post_init__(self) -> None:
         check_name("queue", self.queue)
@@ -90,6 +87,10 @@ class Options:
             raise ValueError(f"timeout must be more than 0, or None, got {self.timeout}")
         if not 1 <= self.max_crashes <= 32767:
             raise ValueError(f"max_crashes must be from 1 to 32767, got {self.max_crashes}")
+        if self.unique and self.unique.on_conflict == "debounce" and self.delay is None:
+            raise ValueError("debounce puts off a delayed job: give it a delay")
+        if not 1 <= self.weight <= 1_000_000:
+            raise ValueError(f"weight must be from 1 to 1000000, got {self.weight}")
         if self.executor not in (None, *EXECUTORS):
             raise ValueError(f"executor must be one of {EXECUTORS}, got {self.executor!r}")
         self._check_words()
@@ -97,12 +98,13 @@ class Options:
     def _check_words(self) -> None:
         if isinstance(self.tags, str):
             raise TypeError("tags must be a sequence of strings, not one string")
-        words = [*self.tags, self.description or "", *self.headers, *self.headers.values()]
+        words = [*self.tags, self.description or "", self.key or ""]
+        words += [*self.headers, *self.headers.values()]
         for word in words:
             if not isinstance(word, str):
-                raise TypeError("tags, description and headers must be strings")
+                raise TypeError("tags, description, key and headers must be strings")
             if "\0" in word or (not word.isascii() and _has_surrogate(word)):
-                raise ValueError("tags, description and headers must hold no NUL or surrogate")
+                raise ValueError("tags, description, key and headers must hold no NUL or surrogate")
         if len(json.dumps(dict(self.headers)).encode()) > MAX_HEADER_BYTES:
             raise ValueError(f"headers must be at most {MAX_HEADER_BYTES} bytes as JSON")
 
@@ -118,21 +120,23 @@ class Options:
         return replace(self, **changes) if changes else self
 
     @cached_property
-    def key(self) -> tuple[str | None, ...]:
+    def identity(self) -> tuple[object, ...]:
         """The same for options that are stored the same."""
-        return tuple(self.params.values())
+        return (self.unique, *self.params.values())
 
     @cached_property
     def params(self) -> dict[str, str | None]:
         """The parameters of enqueue.sql, as text; made once, since tasks share their options."""
         is_relative = isinstance(self.expires, timedelta)
-        stored = {name: getattr(self, name) for name in COLUMNS} | {
+        plain = [one.name for one in fields(self) if one.name not in DERIVED]
+        stored = {name: getattr(self, name) for name in plain} | {
             "attempts": self.retry.attempts,
             "retry": self.retry.to_json(),
             "expires_in": self.expires if is_relative else None,
             "expires_at": None if is_relative else self.expires,
             "tags": array(self.tags) if self.tags else None,
             "headers": json.dumps(dict(self.headers)) if self.headers else None,
+            "weight": None if self.weight == 1 else self.weight,
         }
         return {name: _text(value) for name, value in stored.items()}
 

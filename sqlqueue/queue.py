@@ -2,7 +2,7 @@
 
 import asyncio
 import copy
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from datetime import timedelta
@@ -14,10 +14,11 @@ from psycopg.pq import TransactionStatus
 from sqlalchemy import URL, Engine, create_engine
 
 from sqlqueue.codec import encode_call
-from sqlqueue.errors import IdOutOfRange
+from sqlqueue.errors import DuplicateJob, UniqueKeyBusy
 from sqlqueue.job import Job
-from sqlqueue.literal import new_id
 from sqlqueue.options import Options, check_name
+from sqlqueue.policy import Policy, Unique
+from sqlqueue.schedule import Schedule
 from sqlqueue.store import Executes, Store
 from sqlqueue.task import Call, Task
 from sqlqueue.transaction import (
@@ -32,6 +33,9 @@ from sqlqueue.worker import Worker, WorkerOptions
 
 P = ParamSpec("P")
 R = TypeVar("R")
+Kwargs = Mapping[str, Any]
+Name = str | None
+Added = tuple[int, dict[str, str]]
 BATCH = 1000  # calls encoded and sent at a time by enqueue_many
 
 
@@ -54,6 +58,7 @@ class Queue:
         self.store = Store(schema)
         self.tasks: dict[str, Task[..., Any]] = {}
         self.options = Options().changed(options)
+        self._schedules: dict[str, tuple[Callable[[], Call], Schedule]] = {}
         self._transaction: Transaction | None = None
         self._id: str | None = None
 
@@ -115,17 +120,17 @@ class Queue:
 
     def _call(self, task: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         text = encode_call(args, kwargs)
-        return Call(self._id or new_id(), check_name("task", task), text, self.options)
+        return Call.of(self._id, check_name("task", task), text, self.options)
 
     def enqueue(self, call: Call) -> Job[Any]:
         """Enqueue a call made by `Task.s`, in the transaction bound, or in one of its own."""
-        self._write(lambda conn: self._add(conn, [call]))
-        return Job(self, UUID(call.id))
+        _, holders = self._write(lambda conn: self._add(conn, [call]))
+        return Job(self, UUID(holders.get(call.id, call.id)))
 
     async def aenqueue(self, call: Call) -> Job[Any]:
         """Do what `enqueue` does, from async code."""
-        await self._awrite(lambda conn: self._add(conn, [call]))
-        return Job(self, UUID(call.id))
+        _, holders = await self._awrite(lambda conn: self._add(conn, [call]))
+        return Job(self, UUID(holders.get(call.id, call.id)))
 
     def enqueue_many(self, calls: Iterable[Call]) -> int:
         """Enqueue calls made by `Task.s`, in one transaction; return how many jobs were new.
@@ -137,11 +142,11 @@ class Queue:
             return within(self._transaction, lambda conn: self._add_all(conn, calls))
         added = 0
         with self.autocommit() as conn, savepoint(conn), ThreadPoolExecutor(1) as sender:
-            sent: Future[int] | None = None
+            sent: Future[Added] | None = None
             for some in _batches(calls):
-                added += sent.result() if sent else 0
+                added += sent.result()[0] if sent else 0
                 sent = sender.submit(self._add, conn, some)
-            return added + (sent.result() if sent else 0)
+            return added + (sent.result()[0] if sent else 0)
 
     async def aenqueue_many(self, calls: Iterable[Call]) -> int:
         """Do what `enqueue_many` does, from async code."""
@@ -151,7 +156,7 @@ class Queue:
 
     def _add_all(self, conn: Executes, calls: Iterable[Call]) -> int:
         with savepoint(conn):
-            return sum(self._add(conn, some) for some in _batches(calls))
+            return sum(self._add(conn, some)[0] for some in _batches(calls))
 
     def _write(self, work: Callable[[Executes], R]) -> R:
         if self._transaction is not None:
@@ -164,18 +169,40 @@ class Queue:
             return await across(self._transaction, work)
         return await asyncio.to_thread(self._write, work)
 
-    def _add(self, conn: Executes, calls: list[Call]) -> int:
+    def _add(self, conn: Executes, calls: list[Call]) -> Added:
+        """Add jobs; return how many were new, and by id the jobs that stand for others."""
         groups: dict[tuple[str, tuple[Any, ...]], list[Call]] = {}
         for call in calls:
-            groups.setdefault((call.task, call.options.key), []).append(call)
-        added = 0
+            groups.setdefault((call.task, call.options.identity), []).append(call)
+        added, holders = 0, dict[str, str]()
         for same in groups.values():
-            ids, args = [call.id for call in same], [call.args for call in same]
-            count = self.store.enqueue(conn, ids, args, same[0].task, same[0].options.params)
-            if count is None:
-                raise IdOutOfRange()
-            added += count
-        return added
+            if unique := same[0].options.unique:
+                with savepoint(conn):
+                    holders |= self._take_keys(conn, same, unique)
+                    added += self._add_same(conn, [one for one in same if one.id not in holders])
+            else:
+                added += self._add_same(conn, same)
+        return added, holders
+
+    def _add_same(self, conn: Executes, calls: list[Call]) -> int:
+        if not calls:
+            return 0
+        ids, args, keys = zip(
+            *((call.id, call.args, call.unique_key) for call in calls), strict=True
+        )
+        return self.store.enqueue(conn, ids, args, calls[0].task, calls[0].options.params, keys)
+
+    def _take_keys(self, conn: Executes, calls: list[Call], unique: Unique) -> dict[str, str]:
+        keys, ids = [call.unique_key for call in calls], [call.id for call in calls]
+        modes = (unique.on_conflict, unique.until == "started", unique.period)
+        times = (calls[0].options.delay, unique.longest)
+        holders = self.store.take_keys(conn, keys, ids, *modes, *times)
+        if holders is None:
+            raise UniqueKeyBusy()
+        others = {one: other for one, other in zip(ids, holders, strict=True) if one != other}
+        if others and unique.on_conflict == "raise":
+            raise DuplicateJob(UUID(next(iter(others.values()))))
+        return others
 
     @contextmanager
     def autocommit(self) -> Iterator[Executes]:
@@ -202,20 +229,76 @@ class Queue:
 
     def pause(
         self,
-        queue: str,
+        queue: str | None = None,
         *,
+        task: str | None = None,
+        schedule: str | None = None,
         by: str = "",
         why: str | None = None,
         lasts: timedelta | None = None,
     ) -> None:
-        """Stop claiming from a queue, for a time or until `resume`; running jobs go on."""
-        with self.autocommit() as conn:
-            self.store.pause(conn, check_name("queue", queue), True, by, why, lasts)
+        """Start no more jobs of a queue, task or schedule, for a time or until `resume`.
 
-    def resume(self, queue: str) -> None:
-        """Go on claiming from a queue."""
+        Running jobs go on. Raises ValueError unless exactly one of them is given.
+        """
+        self._say(self.store.pause, queue, task, schedule, True, by, why, lasts)
+
+    def schedule(
+        self,
+        cron: str | None = None,
+        *,
+        name: str | None = None,
+        args: Kwargs | None = None,
+        **when: Any,
+    ) -> Callable[[Task[P, R]], Task[P, R]]:
+        """Declare that a task is enqueued by itself; written above `@queue.task`.
+
+        The schedule is named as the task is unless it gets a name; `args` are those of the task,
+        by name. For the rest see Schedule. Workers set it up when they start, and pause it when
+        it is declared no more.
+        """
+        schedule = Schedule(cron=cron, **when)
+
+        def declare(task: Task[P, R]) -> Task[P, R]:
+            self._schedules[name or task.name] = (lambda: task.s(**args or {}), schedule)
+            return task
+
+        return declare
+
+    def set_schedule(self, name: str, call: Call, schedule: Schedule) -> None:
+        """Make a schedule at run time, or change it; its row can be changed in SQL, too."""
         with self.autocommit() as conn:
-            self.store.pause(conn, check_name("queue", queue), False, None, None, None)
+            self.store.set_schedules(conn, f"[{schedule.to_json(name, call)}]", None)
+
+    @property
+    def declared(self) -> str:
+        """The schedules declared in code, as JSON."""
+        rows = [one.to_json(name, call()) for name, (call, one) in self._schedules.items()]
+        return f"[{','.join(rows)}]"
+
+    def set_policy(
+        self, policy: Policy | None, *, queue: str | None = None, task: str | None = None
+    ) -> None:
+        """Set the rules of a queue or of a task, at any time; None takes them away.
+
+        Workers follow within a poll; jobs that are ready already wait under them, too.
+        Raises ValueError unless exactly one of queue and task is given.
+        """
+        self._say(self.store.set_policy, queue, task, None, policy and policy.to_json())
+
+    def resume(
+        self, queue: str | None = None, *, task: str | None = None, schedule: str | None = None
+    ) -> None:
+        """Go on starting jobs of a queue, task or schedule."""
+        self._say(self.store.pause, queue, task, schedule, False, None, None, None)
+
+    def _say(self, verb: Any, queue: Name, task: Name, schedule: Name, *what: Any) -> None:
+        given = {"queue": queue, "task": task, "schedule": schedule}
+        named = [(scope, name) for scope, name in given.items() if name is not None]
+        if len(named) != 1:
+            raise ValueError("give one of queue, task and schedule")
+        with self.autocommit() as conn:
+            verb(conn, named[0][0], check_name(*named[0]), *what)
 
 
 def _batches(calls: Iterable[Call]) -> Iterator[list[Call]]:

@@ -12,6 +12,7 @@ from functools import cache
 from importlib.resources import files
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
+from sqlqueue.errors import IdOutOfRange, QueueFull
 from sqlqueue.literal import array
 
 Params = Mapping[str, Any]
@@ -106,8 +107,7 @@ class Store:
 
     promote     within (of now, None: ever), batch -> (lane, jobs moved)
     next_due    -> timedelta until the next scheduled job is due; None if there is none
-    bury        worker seen to end or None -> the workers declared dead
-    orphans     batch -> leases of dead workers, locked
+    orphans     batch, worker seen to end or None -> leases of dead workers, locked
     register    ttl, pid, slots, host, name, version, queues, tasks -> its id, never used again
     unregister  worker: it has stopped
     beat        worker -> False if it is dead and must register anew
@@ -122,7 +122,15 @@ class Store:
     retry       job id -> whether it had failed or was cancelled, and is ready again
     job         job id -> its row in the view `jobs`, with traceback; None without one
     unknown_since   job id -> seconds that it waits for a worker that knows its task
-    pause       queue, is_paused, by, why, lasts (None: until resumed)
+    pause       scope, name, is_paused, by, why, lasts (None: until resumed)
+    gated       queues -> those in which jobs may have to wait under a policy
+    admit       queue, room -> (priority, jobs made ready); (None, 0, wait): seconds until more
+    set_policy  scope, name, rules as JSON (None: none)
+    set_schedules  schedules as JSON, tasks known to the code that declares them (None: nobody does)
+    due_schedules  -> rows to be fired, locked
+    fire        name, instants, next_at (None: never), problem -> jobs enqueued
+    take_keys   keys, ids, on_conflict, until_started, period, delay, longest -> the job that holds
+                each key; None if somebody else's transaction is taking one
     tidy        -> a line for each partition dropped
     """
 
@@ -130,8 +138,7 @@ class Store:
         lambda rows: [(Lane(row.queue, row.priority), row.moved) for row in rows], "within", "batch"
     )
     next_due = Statement(_first)
-    bury = Statement(list, "seen_dead")
-    orphans = Statement(list, "batch")
+    orphans = Statement(list, "batch", "seen_dead")
     register = Statement(
         _first, "ttl", "pid", "slots", "host", "name", "version", "queues", "tasks"
     )
@@ -145,12 +152,21 @@ class Store:
     disarm = Statement(list, "queues", "worker")
     pass_on = Statement(list, "queue", "priority")
     request_cancel = Statement(bool, "job_id", "reason")
-    cancel = Statement(bool, "job_id", "reason")
+    cancel = Statement(_first, "job_id", "reason")
     ring_cancel = Statement(bool, "job_id")
-    retry = Statement(bool, "job_id")
+    retry = Statement(_first, "job_id")
     job = Statement(lambda rows: rows[0] if rows else None, "job_id")
     unknown_since = Statement(_first, "job_id")
-    pause = Statement(list, "queue", "is_paused", "by", "why", "lasts")
+    pause = Statement(list, "scope", "name", "is_paused", "by", "why", "lasts")
+    gated = Statement(lambda rows: {row.queue for row in rows}, "queues")
+    admit = Statement(list, "queue", "room")
+    set_schedules = Statement(list, "schedules", "known")
+    due_schedules = Statement(list)
+    fire = Statement(_first, "name", "instants", "next_at", "problem")
+    take_keys = Statement(
+        _first, "keys", "ids", "on_conflict", "until_started", "period", "delay", "longest"
+    )
+    set_policy = Statement(list, "scope", "name", "rules")
     tidy = Statement(lambda rows: [row[0] for row in rows])
 
     def __init__(self, schema: str = "sqlqueue") -> None:
@@ -163,15 +179,26 @@ class Store:
         return rows
 
     def enqueue(
-        self, conn: Executes, ids: Sequence[str], args: Sequence[str], task: str, options: Params
-    ) -> int | None:
+        self,
+        conn: Executes,
+        ids: Sequence[str],
+        args: Sequence[str],
+        task: str,
+        options: Params,
+        unique_keys: Sequence[str | None] = (),
+    ) -> int:
         """Add jobs of one task with the same options; return how many were new.
 
-        Returns None, having done nothing, if an id is out of range.
+        Raises IdOutOfRange or QueueFull, having done nothing.
         """
         params = {"ids": "{" + ",".join(ids) + "}", "all_args": array(args), "task": task}
+        params["unique_keys"] = array(unique_keys)
         row = self.rows(conn, "enqueue", {**options, **params})[0]
-        return row.added if row.are_in_range else None
+        if not row.are_in_range:
+            raise IdOutOfRange()
+        if row.is_full:
+            raise QueueFull(options["queue"])
+        return int(row.added)
 
     def begin(self, patience: timedelta) -> tuple[str, Params]:
         """Return what begins a transaction of ours: READ COMMITTED, plans by index only.
@@ -218,7 +245,6 @@ class Store:
         `seen_dead` is a worker whose end was seen, dead whatever its heartbeat says. A job that
         has crashed `max_crashes` times ends as failed.
         """
-        self.bury(conn, seen_dead)
         orphans = [
             Ended(
                 row.job_id,
@@ -228,7 +254,7 @@ class Store:
                 error_type="crashed",
                 error=f"worker {row.worker_id} died while it ran this job",
             )
-            for row in self.orphans(conn, batch)
+            for row in self.orphans(conn, batch, seen_dead)
         ]
         if orphans:
             self.finish(conn, orphans)

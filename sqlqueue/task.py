@@ -29,6 +29,13 @@ class Call(NamedTuple):
     task: str
     args: str
     options: Options
+    unique_key: str | None = None
+
+    @classmethod
+    def of(cls, job_id: str | None, task: str, args: str, options: Options) -> "Call":
+        """Give the call an id if it has none, and its unique key."""
+        key = options.unique.key_of(task, args) if options.unique else None
+        return cls(job_id or new_id(), task, args, options, key)
 
 
 class Task(Generic[P, R]):
@@ -98,7 +105,7 @@ class Task(Generic[P, R]):
         Raises BadArguments or NotRepresentable for what the task could not be called with.
         """
         text = self.shape.encode(args, kwargs)
-        return Call(self._id or new_id(), self.name, text, self.options)
+        return Call.of(self._id, self.name, text, self.options)
 
     def enqueue(self, *args: P.args, **kwargs: P.kwargs) -> "Job[R]":
         """Enqueue a call, in the transaction it is bound to, or in one of its own.

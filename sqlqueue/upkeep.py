@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from sqlqueue.lanes import Sweeps
 from sqlqueue.link import Link
+from sqlqueue.schedule import due
 
 if TYPE_CHECKING:
     from sqlqueue.worker import Worker
@@ -34,6 +35,7 @@ class Upkeep:
         self._sweeps = Sweeps(10.0)
         self._rescues = Sweeps(worker.options.ttl.total_seconds() / 6)
         self._tidies = Sweeps(TIDY_EVERY)
+        self._has_declared = False
 
     def wake(self) -> None:
         """Look again now: something is due soon."""
@@ -46,6 +48,7 @@ class Upkeep:
 
     def look(self) -> float:
         """Do what is due; return the seconds until there is more."""
+        self._fire()
         wait = min(self._promote(), LOOK_EVERY)
         if self._rescues.begin():
             with self.link.begin(self._ttl) as conn:
@@ -59,6 +62,19 @@ class Upkeep:
             self._tidies.end()
         self.passes += 1
         return wait
+
+    def _fire(self) -> None:
+        """Enqueue the jobs of schedules whose time has come."""
+        with self.link.begin(self._ttl) as conn:
+            if not self._has_declared:
+                known = self._worker.queue.declared
+                self._store.set_schedules(conn, known, sorted(self._worker.queue.tasks))
+                self._has_declared = True
+            for row in self._store.due_schedules(conn):
+                instants, next_at, problem = due(row)
+                if problem:
+                    log.error("schedule %s: %s", row.name, problem)
+                self._store.fire(conn, row.name, instants, next_at, problem)
 
     def _promote(self) -> float:
         """Move what is due; return the seconds until the next is."""

@@ -8,7 +8,7 @@ import logging
 import os
 import socket
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -106,6 +106,8 @@ class Worker:
         self._isolates = False
         self._wakes = threading.Event()
         self._sweeps = Sweeps(options.poll.total_seconds())
+        self._gated: set[str] = set()  # queues in which jobs may have to wait
+        self._admits_at = NEVER
         self._taken = 0
         self._usual = 0.0  # seconds a job has been taking; 0: not known yet
         self._stop_by: float | None = None
@@ -359,7 +361,8 @@ class Worker:
             self._discover(conn)
         rows: list[Any] = []
         want = min(room, BATCH)
-        for lane in self.lanes.in_order(probes):
+        self._admits_at = NEVER
+        for lane in self._ways(conn, probes, want, rows):
             floor = self.lanes.floors[lane]
             low = 0 if sweeps or probes else floor.value
             found = self.queue.store.claim(conn, lane, low, want - len(rows), self.id)
@@ -377,13 +380,26 @@ class Worker:
             is_heard = self.options.listen and self.listener.is_heard
             self._bell.found_nothing(conn, self.id, is_heard)
         self._taken += len(rows)
-        if self.options.drain and sweeps and not rows and not self.runs.held and self.upkeep.passes:
+        is_idle = sweeps and not rows and not self.runs.held and self._admits_at == NEVER
+        if self.options.drain and is_idle and self.upkeep.passes:
             self.stop()
         return rows
 
+    def _ways(self, conn: Executes, probes: bool, want: int, rows: list[Any]) -> Iterator[Lane]:
+        """Yield the lanes in the order to look at them, having their queues admit jobs first."""
+        for queue in self.lanes.draw():
+            is_gated, room = queue in self._gated, want - len(rows)
+            for row in self.queue.store.admit(conn, queue, room) if is_gated else ():
+                if row.priority is None:
+                    self._admits_at = min(self._admits_at, monotonic() + row.wait)
+                else:
+                    self.lanes.add(Lane(queue, row.priority))
+            yield from self.lanes.in_queue(queue, probes)
+
     def _discover(self, conn: Executes) -> None:
-        """Find lanes that are not known yet, and whether suspects wait."""
+        """Find lanes and policies that are not known yet, and whether suspects wait."""
         store, only = self.queue.store, self.options.suspects == "only"
+        self._gated = set() if only else store.gated(conn, self.lanes.names)
         for queue in self.lanes.names:
             for lane in store.lanes(conn, queue, self.lanes.known(queue, only), only):
                 self.lanes.add(lane)
@@ -401,7 +417,8 @@ class Worker:
         can_claim = self._stop_by is None and self._room() > 0
         wait = self.options.poll.total_seconds()
         if can_claim:
-            wait = min(self._bell.pause(), self._sweeps.next_at - monotonic())
+            next_at = min(self._sweeps.next_at, self._admits_at)
+            wait = min(self._bell.pause(), next_at - monotonic())
         return max(0.0, min(wait, min(self.runs.next_check, self._stop_by or NEVER) - monotonic()))
 
     def _stray(self, conn: Executes, row: Any) -> tuple[Run, Ended]:

@@ -16,7 +16,9 @@ from sqlqueue.embedded import Server
 from sqlqueue.store import Store
 
 TABLES = (
-    "job", "ready", "scheduled", "lease", "run", "worker", "queue", "doorbell", "cancel_request"
+    "job", "ready", "waiting", "scheduled", "lease", "run", "worker", "queue", "doorbell",
+    "cancel_request", "policy", "share", "bucket", "turn", "admitted", "unique_claim",
+    "schedule", "tick",
 )  # fmt: skip
 
 

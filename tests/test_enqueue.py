@@ -551,6 +551,8 @@ def test_every_option_is_stored_with_the_job(queue, engine) -> None:
         keep=False,
         tags=["a", 'b"\\,{}'],
         description="for {you}",
+        key="tenant:1",
+        weight=3,
         headers={"trace": "1"},
     ).enqueue("you")
 
@@ -572,6 +574,9 @@ def test_every_option_is_stored_with_the_job(queue, engine) -> None:
         "keep": False,
         "tags": ["a", 'b"\\,{}'],
         "description": "for {you}",
+        "key": "tenant:1",
+        "weight": 3,
+        "unique_key": None,
         "headers": {"trace": "1"},
     }
     ready = one(engine, "select * from sqlqueue.ready")

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 import psycopg
@@ -16,10 +17,10 @@ from sqlqueue.literal import new_id
 from sqlqueue.store import Ended, Executes, Lane, Store, statement
 from tests.test_store import hire
 
+VERSIONS = Path(__file__).parent.parent / "migrations/versions"
 MANY = 20_000
 TTL = timedelta(hours=1)
 LANE = Lane("default", 0)
-SOMEBODY = "018f0000-0000-7000-8000-000000000000"
 HOT = ("ready", "scheduled", "lease", "job", "run", "doorbell", "cancel_request")
 
 # What each statement is asked, by the worker with the number given.
@@ -38,10 +39,7 @@ ASKED: dict[str, Callable[[Store, Executes, int], object]] = {
     "beat": lambda store, conn, worker: store.beat(conn, worker),
     "arm": lambda store, conn, worker: store.arm(conn, ["default", "mail"], worker, TTL),
     "disarm": lambda store, conn, worker: store.disarm(conn, ["default", "mail"], worker),
-    "cancel": lambda store, conn, worker: store.cancel(conn, SOMEBODY, ""),
-    "retry": lambda store, conn, worker: store.retry(conn, SOMEBODY),
-    "bury": lambda store, conn, worker: store.rescue(conn, 500),
-    "orphans": lambda store, conn, worker: store.rescue(AfterBury(conn), 500),
+    "orphans": lambda store, conn, worker: store.orphans(conn, 500, None),
 }
 
 
@@ -60,28 +58,28 @@ class Notes:
         raise Noted(statement, parameters)
 
 
-class AfterBury:
-    """Passes over the first statement of a rescue, as if it had buried nobody."""
-
-    def __init__(self, conn: Executes) -> None:
-        self._conn = conn
-        self._is_first = True
-
-    def exec_driver_sql(self, statement: str, parameters: Any = None, /) -> Any:
-        if self._is_first:
-            self._is_first = False
-            return self
-        return self._conn.exec_driver_sql(statement, parameters)
-
-    def fetchall(self) -> list[Any]:
-        return []
-
-
 def asked(verb: str, store: Store, worker: int) -> tuple[str, Any]:
     """The statement that the store runs for a verb, with its parameters."""
     with pytest.raises(Noted) as noted:
         ASKED[verb](store, Notes(), worker)
-    return noted.value.statement, noted.value.parameters
+    return what_it_runs(noted.value.statement), noted.value.parameters
+
+
+def what_it_runs(statement: str) -> str:
+    """The statement; for one that calls a function in SQL, the last statement of that function."""
+    called = re.match(r"select (?:[a-z_, ]+\s*from )?sqlqueue\.(\w+)\(", statement)
+    if not called:
+        return statement
+    name = called[1]
+    functions = "".join(path.read_text("utf-8") for path in sorted(VERSIONS.glob("*.py")))
+    found = re.search(
+        rf"create function sqlqueue\.{name}\((.*?)\)\s+returns .*?as \$\$(.*?)\$\$", functions, re.S
+    )
+    body = re.sub(r"--.*", "", found[2]).rpartition(";")[2]
+    for parameter in filter(None, found[1].split(",")):
+        word, kind = parameter.split(maxsplit=1)
+        body = re.sub(rf"\b{name}\.{word}\b", f"cast(%({word})s as {kind})", body)
+    return body.strip()
 
 
 # Stages
@@ -228,7 +226,7 @@ def blocks(conn: Connection, ask: Callable[[Store, Executes, int], object]) -> i
     with pytest.raises(Noted) as noted:
         ask(Store(), Notes(), 1)
     prepare(conn, TTL)
-    explain = f"explain (analyze, buffers, format json) {noted.value.statement}"
+    explain = f"explain (analyze, buffers, format json) {what_it_runs(noted.value.statement)}"
     (plan,) = conn.exec_driver_sql(explain, noted.value.parameters).scalar()
     conn.rollback()
     root = plan["Plan"]
@@ -266,7 +264,7 @@ def test_dead_rows_that_cannot_be_removed_cost_nothing(create_database, store) -
         "promote": lambda store, conn, worker: store.promote(conn, soon, 10),
         "next_due": lambda store, conn, worker: store.next_due(conn),
         "lanes": lambda store, conn, worker: store.lanes(conn, "default", [0], False),
-        "orphans": lambda store, conn, worker: store.rescue(AfterBury(conn), 10),
+        "orphans": lambda store, conn, worker: store.orphans(conn, 10, None),
     }
 
     def touched() -> dict[str, int]:

@@ -225,14 +225,14 @@ def test_nothing_is_claimed_from_a_paused_queue(conn, store) -> None:
     (other,) = add(conn, store)
     mail = Lane("mail", 0)
 
-    store.pause(conn, "mail", True, "ann", "the printer burns", None)
+    store.pause(conn, "queue", "mail", True, "ann", "the printer burns", None)
 
     assert claim(conn, store, worker, lane=mail) == []
     assert claimed_ids(conn, store, worker) == [other]
     said = row(conn, "queue")
     assert (said["paused_by"], said["paused_why"]) == ("ann", "the printer burns")
 
-    store.pause(conn, "mail", False, None, None, None)
+    store.pause(conn, "queue", "mail", False, None, None, None)
 
     assert claimed_ids(conn, store, worker, lane=mail) == [paused]
     assert row(conn, "queue")["paused_at"] is None
@@ -241,7 +241,7 @@ def test_nothing_is_claimed_from_a_paused_queue(conn, store) -> None:
 def test_a_pause_ends_by_itself(conn, store) -> None:
     worker = hire(conn, store)
     (job_id,) = add(conn, store)
-    store.pause(conn, "default", True, "ann", None, SECOND)
+    store.pause(conn, "queue", "default", True, "ann", None, SECOND)
     assert claim(conn, store, worker) == []
 
     conn.execute(text("update sqlqueue.queue set resumes_at = now()"))

@@ -22,16 +22,17 @@ PACKAGE = ROOT / "sqlqueue"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 STATEMENTS = sorted((PACKAGE / "sql").glob("*.sql"))
 
-WORDS = {"errors", "literal", "retry", "options", "codec"}
+WORDS = {"errors", "literal", "retry", "options", "codec", "policy", "schedule"}
 STORE = {"store"}
 EDGE = {"cli", "demo", "bench", "embedded", "reports", "telemetry", "__main__"}
 LAYERS = ("words", "store", "engine", "edge")
-PLACES = {"ready", "scheduled", "lease", "run"}
+PLACES = {"ready", "waiting", "scheduled", "lease", "run"}
 
 PUBLIC = [
-    "BadArguments", "Call", "Cancel", "IdOutOfRange", "Job", "JobFailed", "JobNotFound",
-    "LeaseLost", "NotEnded", "NotRepresentable", "Options", "Queue", "Retry", "RetryIn", "Run",
-    "SchemaMismatch", "Snooze", "SqlqueueError", "Task", "UnsupportedTransaction", "Worker",
+    "BadArguments", "Call", "Cancel", "DuplicateJob", "IdOutOfRange", "Job", "JobFailed",
+    "JobNotFound", "LeaseLost", "NotEnded", "NotRepresentable", "Options", "Policy", "Queue",
+    "QueueFull", "Rate", "Retry", "RetryIn", "Run", "Schedule", "SchemaMismatch", "Snooze",
+    "SqlqueueError", "Task", "Unique", "UniqueKeyBusy", "UnsupportedTransaction", "Worker",
     "WorkerOptions", "current_run", "migrate",
 ]  # fmt: skip
 
@@ -198,11 +199,22 @@ def test_no_function_is_long(path) -> None:
 
 MAYBE = timedelta(seconds=1)
 VERBS: dict[str, Callable[[Store, Executes, int], object]] = ASKED | {
+    "admit": lambda store, conn, worker: store.admit(conn, "q", 1),
+    "take_keys": lambda store, conn, worker: store.take_keys(
+        conn, [], [], "skip", False, None, None, None
+    ),
+    "cancel": lambda store, conn, worker: store.cancel(conn, "", ""),
+    "retry": lambda store, conn, worker: store.retry(conn, ""),
+    "due_schedules": lambda store, conn, worker: store.due_schedules(conn),
+    "fire": lambda store, conn, worker: store.fire(conn, "s", [], None, None),
+    "set_schedules": lambda store, conn, worker: store.set_schedules(conn, "[]", None),
+    "gated": lambda store, conn, worker: store.gated(conn, []),
+    "set_policy": lambda store, conn, worker: store.set_policy(conn, "queue", "q", None),
     "begin": lambda store, conn, worker: conn.exec_driver_sql(*store.begin(MAYBE)),
     "enqueue": lambda store, conn, worker: store.enqueue(conn, [], [], "t", Options().params),
     "job": lambda store, conn, worker: store.job(conn, ""),
     "pass_on": lambda store, conn, worker: store.pass_on(conn, "q", 0),
-    "pause": lambda store, conn, worker: store.pause(conn, "q", True, "", None, None),
+    "pause": lambda store, conn, worker: store.pause(conn, "queue", "q", True, "", None, None),
     "register": lambda store, conn, worker: store.register(
         conn, MAYBE, 1, 1, "h", "n", "0", [], []
     ),
@@ -233,16 +245,22 @@ def tables(keyword: str, sql: str) -> set[str]:
 
 
 def what_it_runs(path: Path) -> str:
-    """The statement; for one that calls a function of ours, that function's body."""
+    """The statement; for one that calls a function of ours, the bodies of all that it calls."""
     sql = without_comments(path.read_text("utf-8"))
-    called = re.match(r"\s*select sqlqueue\.(\w+)\(", sql)
-    if not called:
-        return sql
-    functions = (ROOT / "migrations/versions/0001_first.py").read_text("utf-8")
-    (body,) = re.findall(
-        rf"create function sqlqueue\.{called[1]}\(.*?\$\$(.*?)\$\$", functions, re.S
+    called = re.match(r"\s*select (?:[a-z_, ]+\s*from |cast\()?sqlqueue\.(\w+)\(", sql)
+    return bodies(called[1]) if called else sql
+
+
+def bodies(function: str) -> str:
+    """The body of a function, and those of the functions that it performs."""
+    versions = sorted((ROOT / "migrations/versions").glob("*.py"))
+    functions = "".join(path.read_text("utf-8") for path in versions)
+    found = re.findall(
+        rf"create function sqlqueue\.{function}\((?:(?!\$\$).)*?\$\$(.*?)\$\$", functions, re.S
     )
-    return without_comments(body)
+    body = without_comments(found[-1])
+    called = re.findall(r"(?:perform|if not) sqlqueue\.(\w+)\(", body)
+    return body + "".join(map(bodies, called))
 
 
 @pytest.mark.parametrize("path", STATEMENTS, ids=lambda path: path.stem)

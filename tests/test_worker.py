@@ -605,7 +605,7 @@ def test_queues_without_weights_are_served_in_the_order_given(queue):
 def test_weights_share_the_turns(queue):
     lanes = Lanes.of(["mail:3", "report"])
     draws = 20_000
-    first = Counter(lanes._draw()[0] for _ in range(draws))
+    first = Counter(lanes.draw()[0] for _ in range(draws))
     # Three of four draws; the standard deviation of the share is 0.003.
     assert first["mail"] / draws == pytest.approx(0.75, abs=0.02)
 

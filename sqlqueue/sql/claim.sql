@@ -27,14 +27,16 @@ with picked as (
         limit :slots
         for update skip locked
     ))
-    returning job_id, due_at, run + 1 as run, failures, crashes, priority, queue, seq
+    returning
+        job_id, due_at, run + 1 as run, failures, crashes, priority, queue, seq, admission
 ),
 leased as (
     insert into sqlqueue.lease (
-        job_id, due_at, run, failures, crashes, priority, queue, seq, worker_id, claimed_at
+        job_id, due_at, run, failures, crashes, priority, queue, seq, admission, worker_id,
+        claimed_at
     )
     select
-        job_id, due_at, run, failures, crashes, priority, queue, seq, :worker,
+        job_id, due_at, run, failures, crashes, priority, queue, seq, admission, :worker,
         statement_timestamp()  -- now() may be older than what this statement sees
     from picked
 )

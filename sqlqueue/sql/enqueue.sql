@@ -1,22 +1,28 @@
 -- Add the jobs of one task with one set of options; return how many were new.
 --
--- moves   nothing -> ready, nothing -> scheduled
+-- moves   nothing -> ready, nothing -> waiting, nothing -> scheduled
 -- index   the primary keys
 -- locks   the rows it adds; rings (see sqlqueue.ring) when a worker sleeps at the queue's bell
 -- caller  Task.enqueue, Queue.send, Queue.enqueue_many; the function sqlqueue.enqueue is the same
 --
 -- All parameters are sent as text, which is quickest. If an id is not between the retention back
--- and one day ahead, nothing is done. What is due within a second rings: upkeep looks less often.
-with given as materialized (
+-- and one day ahead, or the queue is full, nothing is done. What is due within a second rings:
+-- upkeep looks less often.
+with gate as materialized (  -- no row: no policy
+    select flow, ageing, is_full
+    from sqlqueue.gate(cast(:queue as text), cast(:task as text), cast(:key as text))
+),
+given as materialized (
     select
         sqlqueue.uuid_at(now() + interval '1 day') >= all (cast(:ids as uuid[]))
         and sqlqueue.uuid_at(now() - (select retention from sqlqueue.setting))
-            <= all (cast(:ids as uuid[])) as are_in_range
+            <= all (cast(:ids as uuid[])) as are_in_range,
+        exists (select from gate where is_full) as is_full
 ),
 added as (
     insert into sqlqueue.job (
         id, due_at, expires_at, timeout, priority, attempts, max_crashes, keep, task, queue, args,
-        retry, executor, tags, description, headers
+        retry, executor, tags, description, headers, key, weight, unique_key
     )
     select
         call.id,
@@ -27,9 +33,12 @@ added as (
         cast(:timeout as interval), cast(:priority as smallint), cast(:attempts as smallint),
         cast(:max_crashes as smallint), cast(:keep as boolean), cast(:task as text),
         cast(:queue as text), call.args, cast(:retry as jsonb), cast(:executor as text),
-        cast(:tags as text[]), cast(:description as text), cast(:headers as jsonb)
-    from unnest(cast(:ids as uuid[]), cast(:all_args as jsonb[])) as call (id, args)
-    where (select are_in_range from given)
+        cast(:tags as text[]), cast(:description as text), cast(:headers as jsonb),
+        cast(:key as text), cast(:weight as integer), call.unique_key
+    from unnest(
+        cast(:ids as uuid[]), cast(:all_args as jsonb[]), cast(:unique_keys as text[])
+    ) as call (id, args, unique_key)
+    where (select are_in_range and not is_full from given)
     on conflict (id) do nothing
     returning id, due_at
 ),
@@ -37,7 +46,17 @@ at_once as (
     insert into sqlqueue.ready (job_id, due_at, priority, queue)
     select id, now(), cast(:priority as smallint), cast(:queue as text)
     from added
-    where due_at is null
+    where due_at is null and not exists (select from gate)
+),
+held as (
+    insert into sqlqueue.waiting (job_id, due_at, priority, queue, flow, weight, rank)
+    select
+        added.id, now(), cast(:priority as smallint), cast(:queue as text), gate.flow,
+        coalesce(cast(:weight as integer), 1),
+        sqlqueue.rank(now(), cast(:priority as smallint), gate.ageing)
+    from added
+    cross join gate
+    where added.due_at is null
 ),
 later as (
     insert into sqlqueue.scheduled (job_id, due_at, priority, queue, reason)
@@ -47,6 +66,7 @@ later as (
 )
 select
     (select are_in_range from given) as are_in_range,
+    (select is_full from given) as is_full,
     count(*) as added,
     case
         when count(*) > 0

@@ -11,7 +11,7 @@
 with held as materialized (
     select
         lease.place, lease.job_id, lease.due_at, lease.run, lease.failures,
-        lease.crashes, lease.priority, lease.queue, lease.seq, lease.worker_id,
+        lease.crashes, lease.priority, lease.queue, lease.seq, lease.admission, lease.worker_id,
         lease.claimed_at, ended.wait, ended.ran, ended.result, ended.error_type, ended.error,
         ended.traceback, ended.outcome,
         case when ended.wait is not null or ended.outcome = 'cancelled' then (
@@ -26,7 +26,7 @@ with held as materialized (
     cross join lateral (  -- never the other way round, which reads every lease
         select
             ctid as place, job_id, due_at, run, failures, crashes, priority, queue, seq,
-            worker_id, claimed_at
+            admission, worker_id, claimed_at
         from sqlqueue.lease
         where lease.job_id = ended.job_id and lease.run = ended.run
         for update skip locked
@@ -39,7 +39,7 @@ freed as (
 counted as materialized (
     select
         job_id, run, due_at, priority, queue, seq, worker_id, claimed_at, ran, result, traceback,
-        failures,
+        failures, admission,
         failures + cast(outcome in ('failed', 'timed_out') as integer) as failures_now,
         crashes + cast(outcome = 'crashed' as integer) as crashes_now,
         case when reason is null then outcome else 'cancelled' end as outcome,
@@ -59,21 +59,33 @@ recorded as (
     from counted
 ),
 back as (
-    insert into sqlqueue.ready (job_id, due_at, run, failures, crashes, priority, queue, seq)
-    select job_id, due_at, run, failures_now, crashes_now, priority, queue, seq
+    insert into sqlqueue.ready (
+        job_id, due_at, run, failures, crashes, priority, queue, seq, admission
+    )
+    select job_id, due_at, run, failures_now, crashes_now, priority, queue, seq, admission
     from counted
     where wait is not null and outcome in ('returned', 'crashed')
 ),
 later as (
     insert into sqlqueue.scheduled (
-        job_id, due_at, run, failures, crashes, priority, queue, reason
+        job_id, due_at, run, failures, crashes, priority, queue, reason, admission
     )
     select
         job_id, now() + least(greatest(wait, '0'), '100 years'), run,
         failures_now, crashes_now, priority, queue,
-        case when outcome = 'snoozed' then 'snooze' else 'retry' end
+        case when outcome = 'snoozed' then 'snooze' else 'retry' end,
+        case when admission = 2 then 2 else 0 end
     from counted
     where wait is not null and outcome not in ('returned', 'crashed')
+),
+left_place as (
+    delete from sqlqueue.admitted
+    where job_id = any (array(
+        select job_id
+        from counted
+        where admission > 0
+          and (wait is null or admission = 1 and outcome not in ('returned', 'crashed'))
+    ))
 )
 select
     count(*) = cardinality(cast(:runs as integer[])) as are_all,

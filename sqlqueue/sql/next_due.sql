@@ -1,12 +1,7 @@
--- Say how long it is until the next job is due, if that is soon.
+-- Say how long it is until the next job is due, or the next schedule, if that is soon.
 --
 -- moves   nothing
--- index   scheduled_due
+-- index   scheduled_due, schedule_next
 -- locks   nothing
 -- caller  upkeep
-select due_at - now() as wait
-from sqlqueue.scheduled
-where due_at > now()
-  and due_at < now() + interval '1 day'
-order by due_at
-limit 1
+select sqlqueue.next_due()

@@ -1,17 +1,7 @@
--- Stop claiming from a queue, or go on.
+-- Pause a queue or a task, or end its pause.
 --
--- moves   nothing
--- index   queue_pkey
--- locks   the queue's row
+-- moves   ready -> waiting, waiting -> ready
+-- index   queue_pkey, policy_pkey
+-- locks   the row of the queue or policy; of a task, jobs that have not started
 -- caller  Queue.pause, Queue.resume
-insert into sqlqueue.queue (name, paused_at, paused_by, paused_why, resumes_at)
-values (
-    :queue, case when cast(:is_paused as boolean) then now() end, :by, :why,
-    now() + cast(:lasts as interval)
-)
-on conflict (name) do update
-set paused_at = excluded.paused_at,
-    paused_by = excluded.paused_by,
-    paused_why = excluded.paused_why,
-    resumes_at = excluded.resumes_at
-returning name
+select sqlqueue.pause(:scope, :name, :is_paused, :by, :why, cast(:lasts as interval))
