@@ -37,9 +37,12 @@ class Bell:
         """Look again soon: somebody rang."""
         self._looks = 0
 
-    def found(self, conn: Executes, filled_by: Lane | None) -> None:
-        """Take note of jobs; if this lane filled all slots, wake the others for the rest."""
-        self._looks = 0
+    def found(self, conn: Executes, filled_by: Lane | None, knows_next: bool = False) -> None:
+        """Take note of jobs; if this lane filled all slots, wake the others for the rest.
+
+        Whoever knows when the next may start need not look before.
+        """
+        self._looks = len(LINGER) if knows_next else 0
         if self._hangs_until > monotonic():
             self.is_in_vain = True
             if filled_by:

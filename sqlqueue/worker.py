@@ -375,7 +375,7 @@ class Worker:
         if probes and not rows:
             self._sees_suspects = False
         if rows:
-            self._bell.found(conn, lane if len(rows) == room else None)
+            self._bell.found(conn, lane if len(rows) == room else None, self._admits_at < NEVER)
         else:
             is_heard = self.options.listen and self.listener.is_heard
             self._bell.found_nothing(conn, self.id, is_heard)
