@@ -536,6 +536,7 @@ begin
     with gate as materialized (  -- no row: no policy
         select flow, ageing, is_full
         from sqlqueue.gate(enqueue.queue, enqueue.task, enqueue.key)
+        where exists (select from sqlqueue.policy)  -- looked at first, and mostly empty
     ),
     given as materialized (
         select

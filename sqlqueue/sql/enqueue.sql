@@ -11,6 +11,7 @@
 with gate as materialized (  -- no row: no policy
     select flow, ageing, is_full
     from sqlqueue.gate(cast(:queue as text), cast(:task as text), cast(:key as text))
+    where exists (select from sqlqueue.policy)  -- looked at first, and mostly empty
 ),
 given as materialized (
     select
