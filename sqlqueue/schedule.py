@@ -15,6 +15,8 @@ from zoneinfo import ZoneInfo
 
 from cronsim import CronSim, CronSimError
 
+from sqlqueue.options import check_name
+
 MOST = 100  # missed instants that are enqueued in one transaction
 LATE = timedelta(minutes=1)  # an instant this long ago was missed
 ALIASES = {"@hourly": "0 * * * *", "@daily": "0 0 * * *", "@weekly": "0 0 * * 0"}
@@ -55,7 +57,7 @@ class Schedule:
     def to_json(self, name: str, call: Any) -> str:
         """Write a row of the table, for a Call."""
         row = {
-            "name": name,
+            "name": check_name("schedule", name),
             "task": call.task,
             "args": json.loads(call.args),
             "options": {key: one for key, one in call.options.params.items() if one is not None},

@@ -306,6 +306,16 @@ def test_a_full_queue_refuses_jobs(queue) -> None:
     queue.send("t")
 
 
+def test_many_at_once_are_refused_together_if_they_do_not_fit(queue, engine) -> None:
+    queue.set_policy(Policy(max_waiting=2), queue="mail")
+    task = queue.task(name="t", queue="mail")(lambda: None)
+
+    with pytest.raises(QueueFull):
+        queue.enqueue_many(task.s() for _ in range(3))
+    assert value(engine, "select count(*) from sqlqueue.live") == 0
+    assert queue.enqueue_many(task.s() for _ in range(2)) == 2
+
+
 def test_a_job_enqueued_in_sql_waits_too(engine, queue) -> None:
     queue.set_policy(Policy(concurrency=1), queue="mail")
 

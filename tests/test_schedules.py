@@ -289,14 +289,14 @@ def test_a_schedule_that_vanishes_from_the_code_is_paused(queue, engine) -> None
 
     work(with_schedules("a", "b"))
     queue.set_schedule(
-        "by hand", queue.task(name="greet")(lambda: None).s(), Schedule(cron="@daily")
+        "by-hand", queue.task(name="greet")(lambda: None).s(), Schedule(cron="@daily")
     )
     work(with_schedules("b"))
 
     paused = "select name, paused_by from sqlqueue.schedule order by name"
-    assert rows(engine, paused) == [("a", "code"), ("b", None), ("by hand", None)]
+    assert rows(engine, paused) == [("a", "code"), ("b", None), ("by-hand", None)]
     work(with_schedules("a", "b"))
-    assert rows(engine, paused) == [("a", None), ("b", None), ("by hand", None)]
+    assert rows(engine, paused) == [("a", None), ("b", None), ("by-hand", None)]
 
 
 def test_a_paused_schedule_does_not_fire(queue, engine) -> None:

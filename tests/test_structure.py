@@ -24,7 +24,9 @@ STATEMENTS = sorted((PACKAGE / "sql").glob("*.sql"))
 
 WORDS = {"errors", "literal", "retry", "options", "codec", "policy", "schedule"}
 STORE = {"store"}
-EDGE = {"cli", "demo", "bench", "embedded", "reports", "telemetry", "__main__"}
+EDGE = {"cli", "demo", "bench", "embedded", "reports", "telemetry", "testing",
+    "pytest_plugin", "__main__",
+}  # fmt: skip
 LAYERS = ("words", "store", "engine", "edge")
 PLACES = {"ready", "waiting", "scheduled", "lease", "run"}
 

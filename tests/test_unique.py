@@ -246,7 +246,7 @@ def unended_twice(engine: Engine) -> list[Any]:
     )
 
 
-def test_sixteen_enqueuers_of_one_key_never_make_two_jobs(queue, engine, migrated_url) -> None:
+def test_a_unique_key_has_one_unended_job(queue, engine, migrated_url) -> None:
     # Transactions that commit, roll back and are killed, while a worker ends the jobs there are.
     greet = greeter(queue, Unique())
     seen: list[Any] = []

@@ -534,7 +534,7 @@ begin
             using errcode = 'invalid_parameter_value';
     end if;
     with gate as materialized (  -- no row: no policy
-        select flow, ageing, is_full
+        select flow, ageing, places
         from sqlqueue.gate(enqueue.queue, enqueue.task, enqueue.key)
         where exists (select from sqlqueue.policy)  -- looked at first, and mostly empty
     ),
@@ -543,7 +543,7 @@ begin
             sqlqueue.uuid_at(now() + interval '1 day') >= all (ids)
             and sqlqueue.uuid_at(now() - (select retention from sqlqueue.setting))
                 <= all (ids) as are_in_range,
-            exists (select from gate where is_full) as is_full
+            exists (select from gate where places < cardinality(ids)) as is_full
     ),
     added as (
         insert into sqlqueue.job (

@@ -153,26 +153,32 @@ comment on column sqlqueue.unique_claim.ends_at_start
 
 FUNCTIONS = r"""
 create function sqlqueue.gate(queue text, task text, key text)
-returns table (flow text, ageing interval, is_full boolean)
+returns table (flow text, ageing interval, places bigint)
 language sql stable
 as $$
     select
-        coalesce(max(policy.name) filter (where policy.scope = 'task'), '') || ' '
-            || coalesce(gate.key, ''),
-        max(policy.ageing),
-        case when max(policy.max_waiting) is not null then exists (
-            select
-            from sqlqueue.waiting
-            where waiting.queue = gate.queue
-            offset max(policy.max_waiting) - 1
-        ) else false end
-    from sqlqueue.policy
-    where (policy.scope = 'queue' and policy.name = gate.queue)
-       or (policy.scope = 'task' and policy.name = gate.task)
-    having count(*) > 0
+        flow,
+        ageing,
+        case when most is not null then (
+            select rules.most - count(*)
+            from (
+                select from sqlqueue.waiting where waiting.queue = gate.queue limit rules.most
+            ) as counted
+        ) end
+    from (
+        select
+            coalesce(max(name) filter (where scope = 'task'), '') || ' '
+                || coalesce(gate.key, '') as flow,
+            max(ageing) as ageing,
+            max(max_waiting) as most
+        from sqlqueue.policy
+        where (scope = 'queue' and name = gate.queue)
+           or (scope = 'task' and name = gate.task)
+        having count(*) > 0
+    ) as rules
 $$;
 comment on function sqlqueue.gate is
-    'The flow in which a job waits if its queue or task has a policy; no row if neither has';
+    'The flow of a job if its queue or task has a policy, and the places left; else no row';
 
 create function sqlqueue.rank(due_at timestamptz, priority integer, ageing interval)
 returns double precision

@@ -9,7 +9,7 @@
 -- and one day ahead, or the queue is full, nothing is done. What is due within a second rings:
 -- upkeep looks less often.
 with gate as materialized (  -- no row: no policy
-    select flow, ageing, is_full
+    select flow, ageing, places
     from sqlqueue.gate(cast(:queue as text), cast(:task as text), cast(:key as text))
     where exists (select from sqlqueue.policy)  -- looked at first, and mostly empty
 ),
@@ -18,7 +18,7 @@ given as materialized (
         sqlqueue.uuid_at(now() + interval '1 day') >= all (cast(:ids as uuid[]))
         and sqlqueue.uuid_at(now() - (select retention from sqlqueue.setting))
             <= all (cast(:ids as uuid[])) as are_in_range,
-        exists (select from gate where is_full) as is_full
+        exists (select from gate where places < cardinality(cast(:ids as uuid[]))) as is_full
 ),
 added as (
     insert into sqlqueue.job (

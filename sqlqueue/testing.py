@@ -1,0 +1,117 @@
+"""For the tests of applications: run what is due, look at what was enqueued, move time.
+
+Everything happens in a real database; nothing is replaced.
+"""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+from sqlalchemy import text
+
+from sqlqueue.queue import Queue
+from sqlqueue.task import Task
+
+AT_ONCE = timedelta(0)
+POLL = timedelta(seconds=0.02)
+TABLES = (
+    "job", "ready", "waiting", "scheduled", "lease", "run", "cancel_request", "admitted",
+    "unique_claim", "schedule", "tick",
+)  # fmt: skip
+
+
+def drain(queue: Queue, *names: str, ahead: timedelta = AT_ONCE) -> int:
+    """Run all that is due, and what that enqueues, in this process; return the number of runs.
+
+    names  queues; without, those of the tasks registered
+    ahead  jobs that are due within this time run too, retries included, as if it had passed
+
+    What fails is recorded as ever: ask the jobs. Jobs under a rate are waited for.
+    """
+    total = 0
+    while True:
+        move_time(queue, ahead)
+        before = _count(queue)
+        queue.worker(*names, drain=True, poll=POLL, listen=False).run()
+        ran = _count(queue) - before
+        total += ran
+        if not ran or not ahead:
+            return total
+
+
+def move_time(queue: Queue, ahead: timedelta) -> None:
+    """Make jobs and schedules that are due within this time due now."""
+    if ahead:
+        _execute(
+            queue,
+            "update {0}.scheduled set due_at = now() where due_at <= now() + :ahead;"
+            "update {0}.schedule set next_at = now() where next_at <= now() + :ahead",
+            ahead=ahead,
+        )
+
+
+def clean(queue: Queue) -> None:
+    """Remove all jobs, ended or not, and all schedules; policies stay."""
+    for table in TABLES:
+        _execute(queue, f"delete from {{0}}.{table}")
+
+
+def enqueued(queue: Queue, task: Task[..., Any] | str) -> list[dict[str, Any]]:
+    """Return the arguments of all jobs of a task, in the order of their ids."""
+    name = task if isinstance(task, str) else task.name
+    sql = "select args from {0}.job where task = :name order by id"
+    return [row[0] for row in _execute(queue, sql, name=name)]
+
+
+def assert_enqueued(
+    queue: Queue, task: Task[..., Any], *args: Any, times: int | None = None, **kwargs: Any
+) -> None:
+    """Fail unless a job with these arguments was enqueued, and so many `times` if that is given.
+
+    With no arguments at all any job of the task will do.
+    """
+    found = enqueued(queue, task)
+    wanted = json.loads(task.s(*args, **kwargs).args) if args or kwargs else None
+    count = sum(wanted in (None, one) for one in found)
+    if count != times if times is not None else not count:
+        shown = "\n".join(f"  {json.dumps(one)}" for one in found) or "  nothing"
+        raise AssertionError(
+            f"{task.name} with {json.dumps(wanted)}: {count} jobs, expected {times or 'some'}; "
+            f"enqueued were\n{shown}"
+        )
+
+
+@contextmanager
+def eager(queue: Queue) -> Iterator[None]:
+    """Run each job as soon as it was enqueued in a transaction of its own.
+
+    Those enqueued in a transaction of the test's exist only once that has committed: `drain`.
+    """
+    plain = queue.enqueue
+
+    def enqueue(call: Any) -> Any:
+        job = plain(call)
+        drain(queue, call.options.queue)
+        return job.refresh()
+
+    queue.enqueue = enqueue  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del queue.enqueue
+
+
+def _count(queue: Queue) -> int:
+    count: int = _execute(queue, "select count(*) from {0}.run")[0][0]
+    return count
+
+
+def _execute(queue: Queue, sql: str, **params: Any) -> list[Any]:
+    found: list[Any] = []
+    with queue.engine.begin() as conn:
+        for one in sql.format(queue.store.schema).split(";"):
+            result = conn.execute(text(one), params)
+            found = list(result.all()) if result.returns_rows else []
+    return found
