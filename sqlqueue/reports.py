@@ -95,6 +95,11 @@ left join sqlqueue.queue as pause
     and coalesce(pause.resumes_at > now(), true)
 order by 1
 """
+_SCHEDULES = """
+select name, task, cron, every, tz, missed, next_at, last_at, problem, paused_by, paused_why
+from sqlqueue.schedule
+order by paused_at is not null, next_at, name
+"""
 
 
 class Reports:
@@ -128,6 +133,15 @@ class Reports:
     def queues(self) -> list[Row]:
         """Return the queues with jobs that have not ended, and those that were ever paused."""
         return self._rows(_QUEUES)
+
+    def schedules(self) -> list[Row]:
+        """Return the schedules, the next to be fired first."""
+        return self._rows(_SCHEDULES)
+
+    def run_schedule(self, name: str) -> UUID | None:
+        """Enqueue the job of a schedule; return its id, None if the queue was full."""
+        sql = "select sqlqueue.run_schedule(:name, clock_timestamp()) as id"
+        return self._rows(sql, name=name)[0]["id"]  # type: ignore[no-any-return]
 
 
 def as_json(document: Any) -> str:

@@ -20,9 +20,10 @@ import pytest
 from click.testing import CliRunner, Result
 from sqlalchemy import Engine, create_engine, make_url, text
 
-from sqlqueue import Job, Queue, migrate
-from sqlqueue.cli import duration, main, size
-from sqlqueue.cli import time as instant
+from sqlqueue import Job, Queue, Schedule, migrate
+from sqlqueue.cli import main
+from sqlqueue.cli.words import duration, rate, size
+from sqlqueue.cli.words import time as instant
 from tests.harness import wait_until
 
 ROOT = Path(__file__).parent.parent
@@ -187,7 +188,8 @@ def test_the_page_names_every_command_and_every_option_of_all():
     assert re.findall("^## (.+)$", PAGE, re.MULTILINE) == [
         *("config", "demo", "bench", "migrate", "worker", "enqueue", "call"),
         *("jobs list", "jobs show", "jobs result", "jobs retry", "jobs cancel"),
-        *("queues list", "queues pause", "queues resume"),
+        *("queues list", "queues limit", "queues pause", "queues resume"),
+        *(f"schedules {word}" for word in ("list", "next", "run", "pause", "resume")),
     ]
     assert {name for name, _ in commands()} == set(re.findall("^## (.+)$", PAGE, re.MULTILINE))
     for one in options(main):
@@ -890,6 +892,74 @@ def test_a_queue_has_a_name(shop: Shop):
 
 def test_resuming_a_queue_that_nobody_knows_exits_5(shop: Shop):
     assert "there is no queue mial" in shop.run("queues", "resume", "mial", exits=5).stderr
+
+
+def test_jobs_are_retried_by_what_they_are_after_a_preview(shop: Shop, ended: dict[str, str]):
+    trial = shop.run("jobs", "retry", "--state", "failed", "--dry-run")
+    assert trial.stderr == "would retry 1 of 1 jobs\n"
+    assert Job.get(shop.queue, ended["failed"]).state == "failed"
+
+    assert "--yes" in shop.run("jobs", "retry", "--task", "fai*", exits=1).stderr
+    shop.run("jobs", "retry", "--task", "fai*", "--yes")
+    shop.run("jobs", "cancel", "--state", "scheduled", "--yes")
+
+    assert Job.get(shop.queue, ended["failed"]).state == "ready"
+    assert Job.get(shop.queue, ended["scheduled"]).state == "cancelled"
+
+
+@pytest.mark.parametrize("words", [[], [NOBODY, "--queue", "later"]])
+def test_jobs_are_named_or_described(shop: Shop, words: list[str]):
+    assert "name jobs, or say which" in shop.run("jobs", "retry", *words, exits=2).stderr
+
+
+def test_a_queue_is_limited_and_set_free(shop: Shop, engine: Engine):
+    words = (
+        "--concurrency",
+        "3",
+        "--concurrency-per-key",
+        "1",
+        "--rate",
+        "100/1m",
+        "--max-waiting",
+        "9",
+    )
+    shop.run("queues", "limit", "default", *words)
+
+    with engine.connect() as conn:
+        sql = "select concurrency, concurrency_per_key, rate, max_waiting from sqlqueue.policy"
+        (row,) = conn.execute(text(sql))
+        assert tuple(row) == (3, 1, pytest.approx(100 / 60), 9)
+        shop.run("queues", "limit", "default", "--none")
+        assert conn.execute(text(sql)).all() == []
+    shop.run("queues", "limit", "default", exits=2)
+
+
+def test_a_rate_is_read():
+    assert rate("100/1m").per == timedelta(minutes=1)
+    for wrong in ("100", "x/1m", "0/1m", "1/x"):
+        with pytest.raises(click.BadParameter):
+            rate(wrong)
+
+
+def test_schedules_are_listed_paused_and_run(shop: Shop):
+    call = shop.queue.tasks["add"].s(1)
+    shop.queue.set_schedule("daily", call, Schedule(cron="0 7 * * *", tz="Europe/Paris"))
+
+    times = shop.json("schedules", "next", "daily", "--count", "2")
+    first, second = (datetime.fromisoformat(row["at"]) for row in times)
+    assert second - first in {timedelta(hours=hours) for hours in (23, 24, 25)}
+    job_id = shop.run("schedules", "run", "daily").stdout.strip()
+    assert Job.get(shop.queue, job_id).state == "ready"
+    shop.run("schedules", "pause", "daily", "--why", "holiday")
+    (row,) = shop.json("schedules", "list")
+    assert (row["cron"], row["paused_why"]) == ("0 7 * * *", "holiday")
+    shop.run("schedules", "resume", "daily")
+    assert shop.json("schedules", "list")[0]["paused_by"] is None
+
+
+@pytest.mark.parametrize("command", ["next", "run", "pause", "resume"])
+def test_a_schedule_that_nobody_knows_exits_5(shop: Shop, command: str):
+    assert "there is no schedule" in shop.run("schedules", command, "dayly", exits=5).stderr
 
 
 # demo

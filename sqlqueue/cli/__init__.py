@@ -5,36 +5,50 @@ stdout, the rest on stderr. What can be expected to fail ends in one message and
 """
 
 import asyncio
-import getpass
 import json
-import re
-import sys
 import traceback
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from datetime import datetime, timedelta
-from functools import partial
 from pathlib import Path
 from pdb import post_mortem
 from typing import Any
-from uuid import UUID
 
 import click
-from alembic.util import CommandError
-from click.core import ParameterSource
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 from sqlalchemy.orm import Session
 
 from sqlqueue import __version__
+from sqlqueue.cli.control import queues, schedules
+from sqlqueue.cli.jobs import jobs
+from sqlqueue.cli.words import (
+    CONTEXT,
+    FAILED,
+    KEYWORD,
+    REVISION,
+    Commands,
+    app_option,
+    confirm,
+    count,
+    duration,
+    failure,
+    json_option,
+    json_or_text,
+    option,
+    seconds,
+    setting,
+    size,
+    time,
+    wait_for_option,
+    wait_option,
+    words_argument,
+    write_result,
+    yes_option,
+)
 from sqlqueue.codec import encode_call, encode_value
-from sqlqueue.errors import JobNotFound, NotEnded, SchemaMismatch, SqlqueueError
-from sqlqueue.job import LIVE, Job
-from sqlqueue.link import DatabaseError
 from sqlqueue.migrate import LOCK_TIMEOUT, check, current, goes_down, head, script
 from sqlqueue.migrate import migrate as move_to
 from sqlqueue.queue import Queue
-from sqlqueue.reports import Choice, Control, fields, inert, misuse
+from sqlqueue.reports import Control, misuse
 from sqlqueue.supervisor import Supervisor
 from sqlqueue.task import Task
 from sqlqueue.worker import WorkerOptions
@@ -42,122 +56,6 @@ from sqlqueue.worker import WorkerOptions
 AnyTask = Task[..., Any]
 Args = list[Any]
 Kwargs = dict[str, Any]
-
-# Exit codes; 0 is done, and 2, which is click's, misused.
-FAILED, UNREACHABLE, SCHEMA, NOTHING, IN_PART, TOO_LONG, INTERRUPTED = 1, 3, 4, 5, 6, 124, 130
-CODES: dict[type, int] = {JobNotFound: NOTHING, SchemaMismatch: SCHEMA}
-RETRYABLE = ("failed", "cancelled")  # as retry.sql has it
-STATES = (*LIVE, "succeeded", *RETRYABLE, "expired")
-SECONDS = {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400}
-SIZES = {"": 0, "K": 10, "M": 20, "G": 30}  # powers of two
-KEYWORD = re.compile(r"([A-Za-z_]\w*)(:?=)(.*)", re.DOTALL)
-REVISION = re.compile(r"(head|base|\d{4})(:(head|base|\d{4}))?")
-
-# Words
-
-
-def duration(text: str) -> timedelta:
-    """Read a time span such as 30s."""
-    if not (match := re.fullmatch(r"(\d{1,8}(?:\.\d{1,6})?)(ms|[smhd])", text)):
-        raise click.BadParameter(f"{text!r} is no duration such as 250ms, 30s, 5m, 2h or 1d")
-    return timedelta(seconds=float(match[1]) * SECONDS[match[2]])
-
-
-def seconds(span: timedelta) -> str:
-    """Write a duration as it is given, for a default."""
-    return f"{span.total_seconds():g}s"
-
-
-def time(text: str) -> datetime:
-    """Read an instant in ISO 8601, with its time zone."""
-    with suppress(ValueError):
-        if (instant := datetime.fromisoformat(text)).tzinfo:
-            return instant
-    raise click.BadParameter(f"{text!r} is no time with a zone such as 2026-11-20T09:00+01:00")
-
-
-def size(text: str) -> int:
-    """Read a number of bytes such as 512M."""
-    if not (match := re.fullmatch(r"(\d{1,9})([KMG]?)", text)):
-        raise click.BadParameter(f"{text!r} is no size such as 512M")
-    return int(match[1]) << SIZES[match[2]]
-
-
-def json_or_text(word: str) -> Any:
-    """Read a word as JSON if it is, as text if not."""
-    with suppress(ValueError, RecursionError):
-        return json.loads(word, parse_constant=int)  # NaN and Infinity are no JSON
-    return word
-
-
-# Failures
-
-
-def failure(message: str, code: int) -> click.exceptions.Exit:
-    """Say what failed, and return what ends the command with an exit code."""
-    click.echo(f"Error: {inert(message)}", err=True)
-    return click.exceptions.Exit(code)
-
-
-class Commands(click.Group):
-    """The commands, whose expected failures end in a message and an exit code."""
-
-    def invoke(self, ctx: click.Context) -> Any:
-        """Run the command."""
-        try:
-            return super().invoke(ctx)
-        except (KeyboardInterrupt, click.Abort) as error:
-            raise failure("interrupted", INTERRUPTED) from error
-        except (SqlqueueError, CommandError) as error:
-            raise failure(str(error), CODES.get(type(error), FAILED)) from error
-        except DatabaseError as error:
-            raise database_failure(error, ctx.obj) from error
-
-
-def database_failure(error: Exception, control: Control) -> click.exceptions.Exit:
-    """Say what a database error means, by its code in Postgres; without one, nothing answered."""
-    cause = getattr(error, "orig", error)
-    code = getattr(cause, "sqlstate", None)
-    at = "the database of {value}, chosen by {why}".format(**control.settings[1])
-    if code is None or code.startswith(("08", "57P")):
-        return failure(f"{at}, cannot be reached: {cause}", UNREACHABLE)
-    if code in ("3F000", "42P01", "42703", "42883"):  # no such schema, table, column, function
-        where = f"schema {control.schema.value} in {at}"
-        return failure(f"{where}, is missing or of another version: run sqlqueue migrate", SCHEMA)
-    return failure(f"{at}, refused: {cause}", FAILED)
-
-
-def confirm(question: str) -> None:
-    """Ask before a change. Ends the command unless the answer, at a terminal, is yes."""
-    if not sys.stdin.isatty():
-        raise failure("nothing was changed: without a terminal to ask at, give --yes", FAILED)
-    if not click.confirm(question, err=True):
-        raise failure("nothing was changed", FAILED)
-
-
-# Options that may stand before the command or after it, and those that several commands have
-
-
-def keep(ctx: click.Context, param: click.Parameter, value: Any) -> None:
-    """Take note of a setting and of how it was given."""
-    control = ctx.ensure_object(Control)
-    if value and param.name:
-        is_variable = ctx.get_parameter_source(param.name) is ParameterSource.ENVIRONMENT
-        variable = f"{ctx.auto_envvar_prefix}_{param.name.upper()}"
-        control.given[param.name] = Choice(value, variable if is_variable else f"--{param.name}")
-
-
-CONTEXT = {"auto_envvar_prefix": "SQLQUEUE", "show_default": True}
-count = click.IntRange(1)
-option = click.option
-setting = partial(option, expose_value=False, callback=keep)
-app_option = setting("-A", "--app", metavar="MODULE:ATTR", help="Application: where its Queue is.")
-json_option = setting("--json", is_flag=True, help="Write one JSON document.")
-yes_option = option("--yes", is_flag=True, help="Do not ask.")
-dry_run_option = option("--dry-run", is_flag=True, help="Say what would happen; change nothing.")
-wait_option = option("--wait", is_flag=True, help="Wait for the job, and write its result.")
-wait_for_option = option("--wait-for", type=duration, help="Wait so long at most, else exit 124.")
-words_argument = click.argument("words", metavar="[ARG...] [k=v] [k:=JSON]", nargs=-1)
 
 
 @click.group(cls=Commands, context_settings=CONTEXT)
@@ -175,6 +73,10 @@ def main() -> None:
     Every option has a variable: SQLQUEUE_<COMMAND>_<OPTION>.
     """
 
+
+main.add_command(jobs)
+main.add_command(queues)
+main.add_command(schedules)
 
 # The database and the workers
 
@@ -369,16 +271,6 @@ def arguments(
     return task.shape.decode(encode_call(tuple(args), kwargs)) if task else (args, kwargs)
 
 
-def write_result(control: Control, job_id: UUID, *, wait: bool, wait_for: timedelta | None) -> None:
-    """Write the result of a job as JSON."""
-    job = Job.get(control.plain, job_id)
-    try:
-        result = job.wait(wait_for) if wait else job.result
-    except NotEnded as error:
-        raise failure(str(error), TOO_LONG if wait else FAILED) from error
-    click.echo(encode_value(result))
-
-
 @main.command()
 @click.argument("task")
 @words_argument
@@ -427,149 +319,3 @@ async def perform_async(queue: Queue, task: AnyTask, args: Args, kwargs: Kwargs)
             return await task.function(session, *args, **kwargs)
     finally:
         await engine.dispose()
-
-
-# Jobs
-
-
-@main.group()
-def jobs() -> None:
-    """Look at jobs; retry and cancel them."""
-
-
-@jobs.command("list")
-@option("--state", type=click.Choice(STATES), help="Only those in this state.")
-@option("--queue", help="Only those of this queue.")
-@option("--task", metavar="GLOB", help="Only those of these tasks: * and ? stand for others.")
-@option("--limit", type=count, default=50, help="Not more than this.")
-@json_option
-@click.pass_obj
-def list_jobs(control: Control, /, **given: Any) -> None:
-    """Write the newest jobs, newest first."""
-    with control.reports() as reports:
-        rows = reports.jobs(**given)
-    control.write(rows, rows)
-
-
-@jobs.command()
-@click.argument("job", type=click.UUID)
-@json_option
-@click.pass_obj
-def show(control: Control, job: UUID) -> None:
-    """Write all of a job, and of its runs."""
-    with control.reports() as reports:
-        found = reports.job(job)
-    if found is None:
-        raise JobNotFound(job)
-    control.write(found, fields(found))
-
-
-@jobs.command()
-@click.argument("job", type=click.UUID)
-@wait_option
-@wait_for_option
-@click.pass_obj
-def result(control: Control, job: UUID, wait: bool, wait_for: timedelta | None) -> None:
-    """Write the result of a job, as JSON."""
-    write_result(control, job, wait=wait or wait_for is not None, wait_for=wait_for)
-
-
-@jobs.command()
-@click.argument("job", nargs=-1, required=True)
-@dry_run_option
-@yes_option
-@json_option
-@click.pass_context
-def retry(ctx: click.Context, /, **given: Any) -> None:
-    """Make jobs that failed or were cancelled ready again; past runs are kept.
-
-    With - for JOB, ids are the first words of the lines on stdin. Exits 1 if none could be, 6 if
-    only some.
-    """
-    change(ctx, RETRYABLE, Job.retry, **given)
-
-
-@jobs.command()
-@click.argument("job", nargs=-1, required=True)
-@dry_run_option
-@yes_option
-@json_option
-@click.pass_context
-def cancel(ctx: click.Context, /, **given: Any) -> None:
-    """Cancel jobs that have not ended; running ones are told to stop.
-
-    With - for JOB, ids are the first words of the lines on stdin. Exits 1 if none could be, 6 if
-    only some.
-    """
-    change(ctx, LIVE, Job.cancel, **given)
-
-
-def change(
-    ctx: click.Context, states: Sequence[str], act: Callable[[Job[Any]], bool], **given: Any
-) -> None:
-    """Change those of some jobs that are in one of `states`, and say what became of each."""
-    control: Control = ctx.obj
-    is_trial, words = given["dry_run"], [word for word in given["job"] if word != "-"]
-    is_piped = len(words) < len(given["job"])
-    if is_piped:
-        words += [line.split()[0] for line in sys.stdin if line.strip()]
-    with misuse():
-        ids = list(dict.fromkeys(UUID(word) for word in words))
-    with control.reports() as reports:
-        found = reports.states(ids)
-    able = [job for job in ids if found.get(job) in states]
-    if able and (is_piped or len(ids) > 1) and not (is_trial or given["yes"]):
-        confirm(f"{ctx.info_name} {len(able)} jobs?")
-    done = {job: None for job in able if is_trial or act(Job(control.plain, job))}
-    refused = {job: found.get(job, "unknown") for job in ids if job not in done}
-    for job, state in refused.items():
-        click.echo(f"job {job} is {state}", err=True)
-    rows = [{"id": job} for job in done]
-    control.write(
-        {"done": list(done), "refused": {str(job): refused[job] for job in refused}}, rows
-    )
-    would = "would " if is_trial else ""
-    click.echo(f"{would}{ctx.info_name} {len(done)} of {len(ids)} jobs", err=True)
-    if not done:
-        ctx.exit(FAILED if found else NOTHING)
-    ctx.exit(IN_PART if refused else 0)
-
-
-# Queues
-
-
-@main.group()
-def queues() -> None:
-    """Look at queues; pause and resume them."""
-
-
-@queues.command("list")
-@json_option
-@click.pass_obj
-def list_queues(control: Control) -> None:
-    """Write the queues that have jobs which have not ended, or have ever been paused."""
-    with control.reports() as reports:
-        rows = reports.queues()
-    control.write(rows, rows)
-
-
-@queues.command()
-@click.argument("queue")
-@option("--why", help="Reason, for people.")
-@option("--for", type=duration, help="Resume after this.")
-@click.pass_obj
-def pause(control: Control, /, queue: str, **given: Any) -> None:
-    """Start no more jobs of a queue until it is resumed; running ones go on."""
-    with misuse():
-        control.queue.pause(queue, by=getpass.getuser(), why=given["why"], lasts=given["for"])
-
-
-@queues.command()
-@click.argument("queue")
-@click.pass_obj
-def resume(control: Control, queue: str) -> None:
-    """Go on with the jobs of a queue."""
-    with control.reports() as reports:
-        if all(row["queue"] != queue for row in reports.queues()):
-            raise failure(f"there is no queue {queue}", NOTHING)
-    control.queue.resume(queue)
