@@ -1,7 +1,6 @@
 """Bringing the schema to a version: the migrations, as found beside or inside the package."""
 
 from datetime import timedelta
-from io import StringIO
 from pathlib import Path
 
 from alembic import command
@@ -55,15 +54,6 @@ def migrate(
 def goes_down(found: str | None, revision: str) -> bool:
     """Say whether a revision is below the one found."""
     return revision == "base" or (found or "") > revision
-
-
-def script(schema: str, revisions: str, *, is_down: bool, lock_timeout: timedelta) -> str:
-    """Return the SQL that leads from one revision to another, `FROM:TO`; connects to nothing."""
-    made = config(schema, lock_timeout)
-    made.output_buffer = StringIO()
-    move = command.downgrade if is_down else command.upgrade
-    move(made, revisions, sql=True)
-    return made.output_buffer.getvalue()
 
 
 def head() -> str | None:

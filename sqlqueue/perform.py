@@ -6,12 +6,15 @@ of how the run ended.
 
 import asyncio
 from collections.abc import Callable
+from contextlib import nullcontext
 
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
 from sqlqueue.run import Run
 from sqlqueue.store import Ended
+
+NOTHING = nullcontext()
 
 
 class InThread:
@@ -28,12 +31,13 @@ class InThread:
         try:
             args, kwargs = run.start()
             if run.registered.transactional:
-                with self._session() as session, session.begin():
+                with run.around(), self._session() as session, session.begin():
                     run.finish(session, run.registered.function(session, *args, **kwargs))
                 return None
-            result = run.registered.function(*args, **kwargs)
-            if run.registered.is_async:
-                result = asyncio.run(result)
+            with run.around() if run.registered.queue.around_run else NOTHING:
+                result = run.registered.function(*args, **kwargs)
+                if run.registered.is_async:
+                    result = asyncio.run(result)
             return None if run.has_finished else run.succeeded(result)
         except BaseException as error:
             return run.failed(error)
@@ -53,11 +57,13 @@ class OnLoop:
         try:
             args, kwargs = run.start()
             if run.registered.transactional:
-                async with self._session() as session, session.begin():
-                    result = await run.registered.function(session, *args, **kwargs)
-                    await run.afinish(session, result)
+                with run.around():
+                    async with self._session() as session, session.begin():
+                        result = await run.registered.function(session, *args, **kwargs)
+                        await run.afinish(session, result)
                 return None
-            result = await run.registered.function(*args, **kwargs)
+            with run.around() if run.registered.queue.around_run else NOTHING:
+                result = await run.registered.function(*args, **kwargs)
             return None if run.has_finished else run.succeeded(result)
         except BaseException as error:
             return run.failed(error)

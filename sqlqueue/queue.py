@@ -4,7 +4,7 @@ import asyncio
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from datetime import timedelta
 from itertools import islice
 from typing import Any, ParamSpec, TypeVar, overload
@@ -18,6 +18,7 @@ from sqlqueue.errors import DuplicateJob, UniqueKeyBusy
 from sqlqueue.job import Job
 from sqlqueue.options import Options, check_name
 from sqlqueue.policy import Policy, Unique
+from sqlqueue.run import Run
 from sqlqueue.schedule import Schedule
 from sqlqueue.store import Executes, Store
 from sqlqueue.task import Call, Task
@@ -46,6 +47,10 @@ class Queue:
     schema    where the tables are: `sqlqueue migrate` makes them
     options   defaults for all tasks, see Options
 
+    around_run      functions of a Run that return a context manager, entered around each run of
+                    its tasks, where it runs; it sees what the task raises
+    before_enqueue  functions that take each Call made and return it, or another
+
     Nothing connects until something is enqueued or read.
     """
 
@@ -58,6 +63,8 @@ class Queue:
         self.store = Store(schema)
         self.tasks: dict[str, Task[..., Any]] = {}
         self.options = Options().changed(options)
+        self.around_run: list[Callable[[Run], AbstractContextManager[Any]]] = []
+        self.before_enqueue: list[Callable[[Call], Call]] = []
         self._schedules: dict[str, tuple[Callable[[], Call], Schedule]] = {}
         self._transaction: Transaction | None = None
         self._id: str | None = None
@@ -120,7 +127,14 @@ class Queue:
 
     def _call(self, task: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         text = encode_call(args, kwargs)
-        return Call.of(self._id, check_name("task", task), text, self.options)
+        return self.call(self._id, check_name("task", task), text, self.options)
+
+    def call(self, *parts: Any) -> Call:
+        """Make a Call of its id or None, task, arguments as JSON text and options."""
+        call = Call.of(*parts)
+        for hook in self.before_enqueue:
+            call = hook(call)
+        return call
 
     def enqueue(self, call: Call) -> Job[Any]:
         """Enqueue a call made by `Task.s`, in the transaction bound, or in one of its own."""

@@ -5,6 +5,8 @@ The same code runs in threads, on the event loop and in child processes.
 
 import logging
 import traceback
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar, copy_context
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -127,6 +129,14 @@ class Run:
         _current.set(self)
         call: tuple[list[Any], dict[str, Any]] = self.registered.shape.decode(self.row.args)
         return call
+
+    @contextmanager
+    def around(self) -> Iterator[None]:
+        """Enter what is to be entered around each run."""
+        with ExitStack() as stack:
+            for hook in self.registered.queue.around_run:
+                stack.enter_context(hook(self))
+            yield
 
     def succeeded(self, result: Any) -> Ended:
         """Describe the end of a run that returned `result`."""

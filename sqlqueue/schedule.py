@@ -7,7 +7,7 @@ is enqueued for each instant, however many workers look, since an instant is a p
 import json
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
 from itertools import islice, takewhile
 from typing import Any
@@ -56,17 +56,14 @@ class Schedule:
 
     def to_json(self, name: str, call: Any) -> str:
         """Write a row of the table, for a Call."""
-        row = {
+        params = call.options.params
+        row = asdict(self) | {
             "name": check_name("schedule", name),
             "task": call.task,
             "args": json.loads(call.args),
-            "options": {key: one for key, one in call.options.params.items() if one is not None},
-            "cron": self.cron,
+            "options": {k: one for k, one in params.items() if one is not None or k == "timeout"},
             "every": self.every and f"{self.every.total_seconds()} s",
-            "tz": self.tz,
-            "missed": self.missed,
         }
-        row["options"]["timeout"] = call.options.params["timeout"]
         return json.dumps(row)
 
     def after(self, instant: datetime) -> Iterator[datetime]:

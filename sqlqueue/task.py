@@ -44,6 +44,7 @@ class Task(Generic[P, R]):
     name           by which workers find it
     function       the function itself; calling the task calls it
     options        the options of its jobs
+    queue          where it is registered, or that bound to a transaction
     transactional  it takes a Session (AsyncSession, if it is async) as its first argument
     """
 
@@ -62,7 +63,7 @@ class Task(Generic[P, R]):
         self.shape = Shape(function, skip_first=transactional)
         self._decide = options.retry.decide
         self.options = self._checked(options)
-        self._queue = queue
+        self.queue = queue
         self._id: str | None = None
         self.__doc__ = function.__doc__
         self.__name__ = function.__name__
@@ -94,7 +95,7 @@ class Task(Generic[P, R]):
         """
         bound = copy.copy(self)
         if transaction is not None:
-            bound._queue = self._queue.using(transaction)
+            bound.queue = self.queue.using(transaction)
         bound._id = self._id if id is None else str(id)
         bound.options = self._checked(self.options.changed(options))
         return bound
@@ -105,18 +106,18 @@ class Task(Generic[P, R]):
         Raises BadArguments or NotRepresentable for what the task could not be called with.
         """
         text = self.shape.encode(args, kwargs)
-        return Call.of(self._id, self.name, text, self.options)
+        return self.queue.call(self._id, self.name, text, self.options)
 
     def enqueue(self, *args: P.args, **kwargs: P.kwargs) -> "Job[R]":
         """Enqueue a call, in the transaction it is bound to, or in one of its own.
 
         Raises BadArguments, NotRepresentable or IdOutOfRange, having written nothing.
         """
-        return self._queue.enqueue(self.s(*args, **kwargs))
+        return self.queue.enqueue(self.s(*args, **kwargs))
 
     async def aenqueue(self, *args: P.args, **kwargs: P.kwargs) -> "Job[R]":
         """Do what `enqueue` does, from async code."""
-        return await self._queue.aenqueue(self.s(*args, **kwargs))
+        return await self.queue.aenqueue(self.s(*args, **kwargs))
 
     def _checked(self, options: Options) -> Options:
         """Return `options`, or raise ValueError if their executor cannot run this function."""

@@ -41,11 +41,6 @@ class Upkeep:
         """Look again now: something is due soon."""
         self.wakes.set()
 
-    def expect(self, wait: timedelta) -> None:
-        """Take note that a job of ours is due after `wait`."""
-        if wait.total_seconds() < LOOK_EVERY:
-            self.wake()
-
     def look(self) -> float:
         """Do what is due; return the seconds until there is more."""
         self._fire()

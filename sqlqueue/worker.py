@@ -26,7 +26,7 @@ from sqlqueue.listener import Listener
 from sqlqueue.run import Run
 from sqlqueue.runs import NEVER, STALE, End, Runs
 from sqlqueue.store import Ended, Executes, Lane
-from sqlqueue.upkeep import Upkeep
+from sqlqueue.upkeep import LOOK_EVERY, Upkeep
 
 if TYPE_CHECKING:
     from sqlqueue.queue import Queue
@@ -316,8 +316,8 @@ class Worker:
             else:
                 if one.ran is not None:
                     rans.append(one.ran)
-                if one.wait is not None:
-                    self.upkeep.expect(one.wait)
+                if one.wait is not None and one.wait.total_seconds() < LOOK_EVERY:
+                    self.upkeep.wake()
                 if says_all or one.outcome != "succeeded":
                     self._report(one)
         if rans:
@@ -325,12 +325,10 @@ class Worker:
             self._usual = 0.7 * self._usual + 0.3 * mean if self._usual else mean
 
     def _report(self, one: Ended) -> None:
-        if one.outcome == "succeeded":
-            log.debug("job %s: run %d succeeded in %.3f s", one.job_id, one.run, one.ran or 0)
-        else:
-            then = "its job ended" if one.wait is None else f"again in {one.wait}"
-            level = logging.DEBUG if one.outcome in ("snoozed", "returned") else logging.WARNING
-            log.log(level, "job %s: run %d %s; %s", one.job_id, one.run, one.outcome, then)
+        then = "its job ended" if one.wait is None else f"again in {one.wait}"
+        is_usual = one.outcome in ("succeeded", "snoozed", "returned")
+        level = logging.DEBUG if is_usual else logging.WARNING
+        log.log(level, "job %s: run %d %s; %s", one.job_id, one.run, one.outcome, then)
 
     def _room(self) -> int:
         """Say how many jobs fit: free slots, and a little work ahead if jobs are quick."""

@@ -272,9 +272,11 @@ def test_urgent_jobs_of_a_key_come_first(desk) -> None:
 def test_with_ageing_a_job_grows_urgent_by_waiting(desk) -> None:
     desk.rule(Policy(ageing=timedelta(minutes=1)))
     desk.add(priority=5)
-    desk.conn.execute(text("update sqlqueue.waiting set rank = rank - 301"))
-    desk.add(priority=0)
+    desk.conn.execute(text("update sqlqueue.waiting set rank = rank - 299"))
+    desk.add(priority=0, count=2)
 
+    assert [row.priority for row in desk.admit(1)] == [0]
+    desk.conn.execute(text("update sqlqueue.waiting set rank = rank - 2 where priority = 5"))
     assert [row.priority for row in desk.admit(1)] == [5]
 
 

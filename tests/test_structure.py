@@ -24,7 +24,7 @@ STATEMENTS = sorted((PACKAGE / "sql").glob("*.sql"))
 
 WORDS = {"errors", "literal", "retry", "options", "codec", "policy", "schedule"}
 STORE = {"store"}
-EDGE = {"cli", "demo", "bench", "embedded", "reports", "telemetry", "testing",
+EDGE = {"cli", "demo", "bench", "embedded", "reports", "telemetry", "testing", "integrations",
     "pytest_plugin", "__main__",
 }  # fmt: skip
 LAYERS = ("words", "store", "engine", "edge")

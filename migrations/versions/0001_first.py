@@ -783,7 +783,7 @@ select
     coalesce(place.priority, job.priority) as priority, job.args, job.tags, job.headers, job.key,
     job.created_at, place.due_at, job.expires_at, place.started_at, place.ended_at, place.run,
     place.attempt, job.attempts, place.crashes, place.worker_id, place.waited, place.ran,
-    place.result, place.error_type, place.error, job.description, job.timeout
+    place.result, place.error_type, place.error, place.traceback, job.description, job.timeout
 from (
     select
         job_id, 'ready' as state, case when is_suspect then 'suspect' end as reason, queue,
@@ -791,49 +791,50 @@ from (
         cast(null as timestamptz) as ended_at, run, failures + 1 as attempt, crashes,
         cast(null as bigint) as worker_id, now() - due_at as waited,
         cast(null as interval) as ran, cast(null as jsonb) as result,
-        cast(null as text) as error_type, cast(null as text) as error
+        cast(null as text) as error_type, cast(null as text) as error,
+        cast(null as text) as traceback
     from sqlqueue.ready
     union all
     select
         job_id, 'waiting', 'policy', queue, priority, due_at, null, null, run, failures + 1,
-        crashes, null, now() - due_at, null, null, null, null
+        crashes, null, now() - due_at, null, null, null, null, null
     from sqlqueue.waiting
     union all
     select
         job_id, 'scheduled', reason, queue, priority, due_at, null, null, run, failures + 1,
-        crashes, null, null, null, null, null, null
+        crashes, null, null, null, null, null, null, null
     from sqlqueue.scheduled
     union all
     select
         job_id, 'running', null, queue, priority, due_at, claimed_at, null, run, failures + 1,
-        crashes, worker_id, claimed_at - due_at, now() - claimed_at, null, null, null
+        crashes, worker_id, claimed_at - due_at, now() - claimed_at, null, null, null, null
     from sqlqueue.lease
     union all
     select
         job_id, 'succeeded', null, null, null, due_at, started_at, ended_at, run,
         cast(attempt as integer), crashes, worker_id, started_at - due_at,
-        make_interval(secs => ran), result, null, null
+        make_interval(secs => ran), result, null, null, null
     from sqlqueue.run
     where is_final and outcome = 'succeeded'
     union all
     select
         job_id, 'failed', outcome, null, null, due_at, started_at, ended_at, run,
         cast(attempt as integer), crashes, worker_id, started_at - due_at,
-        make_interval(secs => ran), null, error_type, error
+        make_interval(secs => ran), null, error_type, error, traceback
     from sqlqueue.run
     where is_final and outcome in ('failed', 'timed_out', 'crashed')
     union all
     select
         job_id, 'cancelled', null, null, null, due_at, started_at, ended_at, run,
         cast(attempt as integer), crashes, worker_id, started_at - due_at,
-        make_interval(secs => ran), null, error_type, error
+        make_interval(secs => ran), null, error_type, error, traceback
     from sqlqueue.run
     where is_final and outcome = 'cancelled'
     union all
     select
         job_id, 'expired', null, null, null, due_at, started_at, ended_at, run,
         cast(attempt as integer), crashes, worker_id, started_at - due_at,
-        make_interval(secs => ran), null, error_type, error
+        make_interval(secs => ran), null, error_type, error, traceback
     from sqlqueue.run
     where is_final and outcome = 'expired'
 ) as place
@@ -934,6 +935,8 @@ comment on column sqlqueue.jobs.error_type
     is 'class of the exception, or a plain reason';
 comment on column sqlqueue.jobs.error
     is 'its message';
+comment on column sqlqueue.jobs.traceback
+    is 'its traceback';
 comment on column sqlqueue.jobs.description
     is 'for people';
 comment on column sqlqueue.jobs.timeout

@@ -9,11 +9,14 @@ import json
 import traceback
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from datetime import timedelta
+from io import StringIO
 from pathlib import Path
 from pdb import post_mortem
 from typing import Any
 
 import click
+from alembic import command
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 from sqlalchemy.orm import Session
 
@@ -45,7 +48,8 @@ from sqlqueue.cli.words import (
     yes_option,
 )
 from sqlqueue.codec import encode_call, encode_value
-from sqlqueue.migrate import LOCK_TIMEOUT, check, current, goes_down, head, script
+from sqlqueue.migrate import LOCK_TIMEOUT, check, current, goes_down, head
+from sqlqueue.migrate import config as alembic_config
 from sqlqueue.migrate import migrate as move_to
 from sqlqueue.queue import Queue
 from sqlqueue.reports import Control, misuse
@@ -119,6 +123,15 @@ def bench(ctx: click.Context, quick: bool) -> None:
         control.url.value.render_as_string(hide_password=False) if "url" in control.given else None
     )
     ctx.exit(bench(url, quick=quick, as_json="json" in control.given))
+
+
+def script(schema: str, revisions: str, *, is_down: bool, lock_timeout: timedelta) -> str:
+    """Return the SQL that leads from one revision to another, `FROM:TO`; connects to nothing."""
+    made = alembic_config(schema, lock_timeout)
+    made.output_buffer = StringIO()
+    move = command.downgrade if is_down else command.upgrade
+    move(made, revisions, sql=True)
+    return made.output_buffer.getvalue()
 
 
 @main.command()
