@@ -962,6 +962,20 @@ def test_a_schedule_that_nobody_knows_exits_5(shop: Shop, command: str):
     assert "there is no schedule" in shop.run("schedules", command, "dayly", exits=5).stderr
 
 
+# reload
+
+
+def test_a_worker_starts_anew_when_its_code_changes(shop: Shop):
+    job = shop.queue.send("late")
+    words = ("-A", "tasks_here", "worker", "--reload", "--poll", "250ms", "--no-listen")
+    with shop.program(*words):
+        wait_until(lambda: job.refresh().run, within=30, what="a worker that does not know it")
+        source = shop.folder / "tasks_here.py"
+        source.write_text(source.read_text() + '\n\n@queue.task(name="late")\ndef late(): ...\n')
+
+        wait_until(lambda: job.refresh().state == "succeeded", within=40, what="the new code")
+
+
 # demo
 
 

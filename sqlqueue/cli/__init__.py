@@ -6,6 +6,10 @@ stdout, the rest on stderr. What can be expected to fail ends in one message and
 
 import asyncio
 import json
+import math
+import os
+import shlex
+import sys
 import traceback
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -192,6 +196,7 @@ def migrate(
     "--child-jobs", type=count, default=WorkerOptions.child_runs, help="Runs of a child process."
 )
 @option("--child-rss", type=size, help="Memory of a child process, such as 512M.")
+@option("--reload", is_flag=True, help="Start anew when Python files in this folder change.")
 @click.pass_context
 def worker(ctx: click.Context, /, queues: Sequence[str], processes: int, **given: Any) -> None:
     """Run the jobs of some queues.
@@ -201,6 +206,9 @@ def worker(ctx: click.Context, /, queues: Sequence[str], processes: int, **given
     A first SIGTERM or Ctrl-C lets running jobs end, a second one hands them back at once.
     """
     control: Control = ctx.obj
+    if given.pop("reload"):
+        reload(given["grace"])
+        ctx.exit(0)
     given["listen"] = not given.pop("no_listen")
     given["child_runs"] = given.pop("child_jobs")
     given["child_bytes"] = given.pop("child_rss")
@@ -210,6 +218,24 @@ def worker(ctx: click.Context, /, queues: Sequence[str], processes: int, **given
     check(queue.engine, queue.store.schema)
     control.start_log()
     ctx.exit(Supervisor(load, queues or example.lanes.names, example.options, processes).run())
+
+
+def reload(grace: timedelta) -> None:
+    """Run this very command, without --reload, again and again: whenever Python files change."""
+    try:
+        from watchfiles import PythonFilter, run_process
+    except ImportError as error:
+        raise failure('install "sqlqueue[reload]" first', FAILED) from error
+    os.environ.pop("SQLQUEUE_WORKER_RELOAD", None)
+    words = [word for word in sys.argv[1:] if word != "--reload"]
+    command = shlex.join([sys.executable, "-m", "sqlqueue", *words])
+    run_process(
+        ".",
+        target=command,
+        target_type="command",
+        watch_filter=PythonFilter(),
+        sigint_timeout=math.ceil(grace.total_seconds()) + 5,
+    )
 
 
 # Calls
