@@ -28,6 +28,18 @@ _TOO_DEEP = f"is nested deeper than {MAX_DEPTH} levels, or holds itself"
 _NO_TEXT = "holds a NUL character or a lone surrogate, which Postgres cannot store"
 
 
+class Plain:
+    """A cipher that is none. Others turn JSON text, an object, into other such text, and back."""
+
+    def seal(self, text: str) -> str:
+        """Return what is stored."""
+        return text
+
+    def open(self, text: str) -> str:
+        """Return what was sealed."""
+        return text
+
+
 class Shape:
     """How the arguments of one function are stored: one JSON object, by the names of parameters.
 

@@ -4,7 +4,7 @@ import asyncio
 import time
 from collections.abc import Iterator
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 from uuid import UUID
 
 from sqlqueue.codec import decode_value
@@ -70,10 +70,9 @@ class Job(Generic[R]):
         if self.state != "succeeded":
             error = ": ".join(one for one in (self.error_type, self.error) if one)
             raise JobFailed(self.id, self.state, error, self.traceback)
-        text = self._row.result
+        text = self._queue.cipher.open(self._row.result or "null")
         task = self._queue.tasks.get(self.task)
-        result: R = decode_value(text or "null", task.returns if task else None)
-        return result
+        return cast(R, decode_value(text, task.returns if task else None))
 
     def wait(self, timeout: timedelta | None = None) -> R:
         """Wait until the job has ended and return its result.

@@ -50,9 +50,7 @@ class Unique:
         if self.until not in ("ended", "started"):
             raise ValueError(f"until must be ended or started, got {self.until!r}")
         if self.on_conflict not in ("skip", "raise", "replace", "debounce"):
-            raise ValueError(
-                f"on_conflict must be skip, raise, replace or debounce, got {self.on_conflict!r}"
-            )
+            raise ValueError("on_conflict must be skip, raise, replace or debounce")
         if isinstance(self.by, str):
             raise TypeError("by must be a tuple of names, not one string")
 

@@ -13,9 +13,10 @@ from uuid import UUID
 from psycopg.pq import TransactionStatus
 from sqlalchemy import URL, Engine, create_engine
 
-from sqlqueue.codec import encode_call
+from sqlqueue.codec import Plain, encode_call
 from sqlqueue.errors import DuplicateJob, UniqueKeyBusy
 from sqlqueue.job import Job
+from sqlqueue.literal import new_id
 from sqlqueue.options import Options, check_name
 from sqlqueue.policy import Policy, Unique
 from sqlqueue.run import Run
@@ -50,6 +51,7 @@ class Queue:
     around_run      functions of a Run that return a context manager, entered around each run of
                     its tasks, where it runs; it sees what the task raises
     before_enqueue  functions that take each Call made and return it, or another
+    cipher          what arguments and results are stored through, see Plain
 
     Nothing connects until something is enqueued or read.
     """
@@ -65,6 +67,7 @@ class Queue:
         self.options = Options().changed(options)
         self.around_run: list[Callable[[Run], AbstractContextManager[Any]]] = []
         self.before_enqueue: list[Callable[[Call], Call]] = []
+        self.cipher: Any = Plain()
         self._schedules: dict[str, tuple[Callable[[], Call], Schedule]] = {}
         self._transaction: Transaction | None = None
         self._id: str | None = None
@@ -129,9 +132,10 @@ class Queue:
         text = encode_call(args, kwargs)
         return self.call(self._id, check_name("task", task), text, self.options)
 
-    def call(self, *parts: Any) -> Call:
-        """Make a Call of its id or None, task, arguments as JSON text and options."""
-        call = Call.of(*parts)
+    def call(self, job_id: str | None, task: str, args: str, options: Options) -> Call:
+        """Make a Call, of arguments as JSON text; without an id it gets one."""
+        key = options.unique.key_of(task, args) if options.unique else None
+        call = Call(job_id or new_id(), task, self.cipher.seal(args), options, key)
         for hook in self.before_enqueue:
             call = hook(call)
         return call
@@ -208,9 +212,9 @@ class Queue:
 
     def _take_keys(self, conn: Executes, calls: list[Call], unique: Unique) -> dict[str, str]:
         keys, ids = [call.unique_key for call in calls], [call.id for call in calls]
-        modes = (unique.on_conflict, unique.until == "started", unique.period)
+        how = (unique.on_conflict, unique.until == "started", unique.period)
         times = (calls[0].options.delay, unique.longest)
-        holders = self.store.take_keys(conn, keys, ids, *modes, *times)
+        holders = self.store.take_keys(conn, keys, ids, *how, *times)
         if holders is None:
             raise UniqueKeyBusy()
         others = {one: other for one, other in zip(ids, holders, strict=True) if one != other}

@@ -127,7 +127,8 @@ class Run:
             raise InterruptedError
         self.started = monotonic()
         _current.set(self)
-        call: tuple[list[Any], dict[str, Any]] = self.registered.shape.decode(self.row.args)
+        args = self.registered.queue.cipher.open(self.row.args)
+        call: tuple[list[Any], dict[str, Any]] = self.registered.shape.decode(args)
         return call
 
     @contextmanager
@@ -141,7 +142,7 @@ class Run:
     def succeeded(self, result: Any) -> Ended:
         """Describe the end of a run that returned `result`."""
         text = encode_value(result, self.registered.returns)
-        kept = text if self.row.keep and text != "null" else None
+        kept = self.registered.queue.cipher.seal(text) if self.row.keep and text != "null" else None
         return self._ended("succeeded", None, result=kept)
 
     def failed(self, error: BaseException) -> Ended:

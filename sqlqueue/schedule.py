@@ -21,7 +21,7 @@ MOST = 100  # missed instants that are enqueued in one transaction
 LATE = timedelta(minutes=1)  # an instant this long ago was missed
 ALIASES = {"@hourly": "0 * * * *", "@daily": "0 0 * * *", "@weekly": "0 0 * * 0"}
 ALIASES |= {"@midnight": "0 0 * * *", "@monthly": "0 0 1 * *", "@yearly": "0 0 1 1 *"}
-ALIASES |= {"@annually": "0 0 1 1 *"}
+ALIASES["@annually"] = ALIASES["@yearly"]
 
 
 @dataclass(frozen=True, kw_only=True)

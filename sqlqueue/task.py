@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any, Generic, NamedTuple, ParamSpec, TypeVar
 from uuid import UUID
 
 from sqlqueue.codec import Shape
-from sqlqueue.literal import new_id
 from sqlqueue.options import Options, check_name
 from sqlqueue.transaction import Transaction
 
@@ -30,12 +29,6 @@ class Call(NamedTuple):
     args: str
     options: Options
     unique_key: str | None = None
-
-    @classmethod
-    def of(cls, job_id: str | None, task: str, args: str, options: Options) -> "Call":
-        """Give the call an id if it has none, and its unique key."""
-        key = options.unique.key_of(task, args) if options.unique else None
-        return cls(job_id or new_id(), task, args, options, key)
 
 
 class Task(Generic[P, R]):
