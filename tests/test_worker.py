@@ -448,6 +448,33 @@ def test_a_running_coroutine_is_cancelled(queue):
     assert cleaned_up.is_set()
 
 
+def test_jobs_are_cancelled_and_retried_in_sql(queue, engine):
+    jobs = [queue.send("nobody", n) for n in range(3)]
+    cancel = "select sqlqueue.cancel(id, 'not wanted') from sqlqueue.live where task = 'nobody'"
+
+    assert rows(engine, cancel) == [(True,)] * 3
+    assert {job.refresh().state for job in jobs} == {"cancelled"}
+    assert rows(engine, f"select sqlqueue.cancel('{jobs[0].id}')") == [(False,)]
+    retry = "select sqlqueue.retry(id) from sqlqueue.jobs where error = 'not wanted'"
+    assert rows(engine, retry) == [(True,)] * 3
+    assert {job.refresh().state for job in jobs} == {"ready"}
+
+
+def test_a_running_coroutine_is_cancelled_in_sql(queue, engine):
+    has_begun = threading.Event()
+
+    @queue.task
+    async def wait() -> None:
+        has_begun.set()
+        await asyncio.Event().wait()
+
+    job = wait.enqueue()
+    with queue.worker():
+        assert has_begun.wait(10)
+        assert rows(engine, f"select sqlqueue.cancel('{job.id}')") == [(True,)]
+        wait_until(lambda: job.refresh().state == "cancelled")
+
+
 def test_a_running_thread_sees_that_it_is_cancelled(queue):
     started = threading.Event()
 
