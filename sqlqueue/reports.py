@@ -138,6 +138,10 @@ class Reports:
         """Return the schedules, the next to be fired first."""
         return self._rows(_SCHEDULES)
 
+    def now(self) -> datetime:
+        """Return the time of the database."""
+        return self._rows("select now() as now")[0]["now"]  # type: ignore[no-any-return]
+
     def run_schedule(self, name: str) -> UUID | None:
         """Enqueue the job of a schedule; return its id, None if the queue was full."""
         sql = "select sqlqueue.run_schedule(:name, clock_timestamp()) as id"

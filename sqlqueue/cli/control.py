@@ -1,7 +1,6 @@
 """The commands about queues and schedules."""
 
 import getpass
-from datetime import UTC, datetime
 from itertools import islice
 from typing import Any
 
@@ -95,7 +94,8 @@ def next_times(control: Control, /, schedule: str, **given: Any) -> None:
     """Write the next instants of a schedule."""
     row = found(control, schedule)
     when = Schedule(cron=row["cron"], every=row["every"], tz=row["tz"])
-    rows = [{"at": at} for at in islice(when.after(datetime.now(UTC)), given["count"])]
+    with control.reports() as reports:
+        rows = [{"at": at} for at in islice(when.after(reports.now()), given["count"])]
     control.write(rows, rows)
 
 
