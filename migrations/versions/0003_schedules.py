@@ -425,7 +425,8 @@ def upgrade() -> None:
 def downgrade() -> None:
     op.execute(
         in_schema(
-            "drop function sqlqueue.cancel, sqlqueue.promote, sqlqueue.rescue, sqlqueue.arm, sqlqueue.disarm,"
+            "drop function sqlqueue.cancel, sqlqueue.promote,"
+            " sqlqueue.rescue, sqlqueue.arm, sqlqueue.disarm,"
             " sqlqueue.lanes, sqlqueue.next_due, sqlqueue.set_schedules, sqlqueue.fire,"
             " sqlqueue.run_schedule;"
             "drop table sqlqueue.schedule, sqlqueue.tick;"
