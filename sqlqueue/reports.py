@@ -74,21 +74,26 @@ _QUEUES = """
 select
     coalesce(level.queue, queue.name) as queue,
     coalesce(level.ready, 0) as ready,
+    coalesce(level.waiting, 0) as waiting,
     coalesce(level.scheduled, 0) as scheduled,
     coalesce(level.running, 0) as running,
-    level.oldest_wait,
+    level.oldest_wait, policy.concurrency, policy.rate,
     pause.paused_at, pause.paused_by, pause.paused_why, pause.resumes_at
 from (
     select
         queue,
         count(*) filter (where state = 'ready') as ready,
+        count(*) filter (where state = 'waiting') as waiting,
         count(*) filter (where state = 'scheduled') as scheduled,
         count(*) filter (where state = 'running') as running,
-        max(waited) filter (where state = 'ready') as oldest_wait
+        max(waited) filter (where state in ('ready', 'waiting')) as oldest_wait
     from sqlqueue.live
     group by queue
 ) as level
 full join sqlqueue.queue on queue.name = level.queue
+left join sqlqueue.policy
+    on policy.scope = 'queue'
+    and policy.name = coalesce(level.queue, queue.name)
 left join sqlqueue.queue as pause
     on pause.name = queue.name
     and pause.paused_at is not null

@@ -934,6 +934,15 @@ def test_a_queue_is_limited_and_set_free(shop: Shop, engine: Engine):
     shop.run("queues", "limit", "default", exits=2)
 
 
+def test_a_queue_shows_what_waits_and_why(shop: Shop):
+    shop.run("queues", "limit", "default", "--concurrency", "3")
+    shop.run("enqueue", "add", "1")
+
+    (row,) = shop.json("queues", "list")
+
+    assert (row["waiting"], row["ready"], row["concurrency"], row["rate"]) == (1, 0, 3, None)
+
+
 def test_a_rate_is_read():
     assert rate("100/1m").per == timedelta(minutes=1)
     for wrong in ("100", "x/1m", "0/1m", "1/x"):
