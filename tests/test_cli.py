@@ -852,7 +852,7 @@ def test_queues_are_listed_with_their_levels(shop: Shop, ended: dict[str, str]):
     ]
     assert rows[0]["oldest_wait"] is None
     assert rows[1]["oldest_wait"] >= 0
-    assert shop.run("queues", "list").stdout.startswith("default\t0\t1\t0\t")
+    assert shop.run("queues", "list").stdout.startswith("default\t0\t0\t1\t0\t")
 
 
 def test_a_queue_is_paused_and_resumed(shop: Shop):
