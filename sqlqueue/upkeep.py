@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from sqlqueue.lanes import Sweeps
 from sqlqueue.link import Link
 from sqlqueue.schedule import due
+from sqlqueue.store import Executes
 
 if TYPE_CHECKING:
     from sqlqueue.worker import Worker
@@ -43,7 +44,6 @@ class Upkeep:
 
     def look(self) -> float:
         """Do what is due; return the seconds until there is more."""
-        self._fire()
         wait = min(self._promote(), LOOK_EVERY)
         if self._rescues.begin():
             with self.link.begin(self._ttl) as conn:
@@ -58,18 +58,17 @@ class Upkeep:
         self.passes += 1
         return wait
 
-    def _fire(self) -> None:
+    def _fire(self, conn: Executes) -> None:
         """Enqueue the jobs of schedules whose time has come."""
-        with self.link.begin(self._ttl) as conn:
-            if not self._has_declared:
-                known = self._worker.queue.declared
-                self._store.set_schedules(conn, known, sorted(self._worker.queue.tasks))
-                self._has_declared = True
-            for row in self._store.due_schedules(conn):
-                instants, next_at, problem = due(row)
-                if problem:
-                    log.error("schedule %s: %s", row.name, problem)
-                self._store.fire(conn, row.name, instants, next_at, problem)
+        if not self._has_declared:
+            known = self._worker.queue.declared
+            self._store.set_schedules(conn, known, sorted(self._worker.queue.tasks))
+            self._has_declared = True
+        for row in self._store.due_schedules(conn):
+            instants, next_at, problem = due(row)
+            if problem:
+                log.error("schedule %s: %s", row.name, problem)
+            self._store.fire(conn, row.name, instants, next_at, problem)
 
     def _promote(self) -> float:
         """Move what is due; return the seconds until the next is."""
@@ -84,5 +83,6 @@ class Upkeep:
         if sweeps:
             self._sweeps.end()
         with self.link.begin(self._ttl) as conn:
-            due = self._store.next_due(conn)
-        return LOOK_EVERY if due is None else max(due.total_seconds(), 0.0)
+            self._fire(conn)
+            wait = self._store.next_due(conn)
+        return LOOK_EVERY if wait is None else max(wait.total_seconds(), 0.0)

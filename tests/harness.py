@@ -19,6 +19,8 @@ from typing import Any, TypeVar
 
 from sqlalchemy import Engine, text
 
+from sqlqueue import Queue
+
 T = TypeVar("T")
 ROOT = Path(__file__).parent.parent
 TTL = timedelta(seconds=3)
@@ -103,6 +105,11 @@ def tree(url: str, processes: int = 1, *names: str, **options: Any) -> Iterator[
     code = f"app.supervise({processes}, {names or ('default',)!r}, {CLOCKS | options!r})"
     with program(url, code) as process:
         yield process.pid
+
+
+def work(queue: Queue) -> None:
+    """Run all that is due, in this process."""
+    queue.worker(drain=True, **POLLING).run()
 
 
 def workers(engine: Engine) -> dict[int, int]:

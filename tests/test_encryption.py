@@ -1,6 +1,5 @@
 """Arguments and results that the database cannot read."""
 
-from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -8,13 +7,9 @@ from cryptography.fernet import Fernet
 
 from sqlqueue import Queue, Retry, Unique
 from sqlqueue.integrations.encryption import Encryption
-from tests.harness import rows, value
+from tests.harness import rows, value, work
 
 OLD, NEW = Fernet.generate_key(), Fernet.generate_key()
-
-
-def work(queue: Queue) -> None:
-    queue.worker(drain=True, poll=timedelta(seconds=0.25), listen=False).run()
 
 
 def echo(queue: Queue, **options: Any) -> Any:

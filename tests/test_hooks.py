@@ -14,13 +14,10 @@ from sqlalchemy.orm import Session
 
 from sqlqueue import Queue, Retry, Run, current_run
 from sqlqueue.integrations.otel import instrument
+from tests.harness import work
 
 ONCE = Retry(attempts=1)
 SECOND = timedelta(seconds=1)
-
-
-def work(queue: Queue) -> None:
-    queue.worker(drain=True, poll=timedelta(seconds=0.25), listen=False).run()
 
 
 def recording(queue: Queue) -> list[Any]:

@@ -10,7 +10,7 @@ import pytest
 
 from sqlqueue import Queue, Schedule
 from sqlqueue.schedule import MOST
-from tests.harness import rows, value, wait_until
+from tests.harness import rows, value, wait_until, work
 
 MINUTE = timedelta(minutes=1)
 NOON = datetime(2026, 3, 1, 12, tzinfo=UTC)
@@ -196,11 +196,6 @@ def test_more_than_can_be_made_up_for_at_once_is_made_up_for_in_parts() -> None:
 
 
 # Jobs
-
-
-def work(queue: Queue, times: int = 1) -> None:
-    for _ in range(times):
-        queue.worker(drain=True, poll=timedelta(seconds=0.2), listen=False).run()
 
 
 def fired(engine: Any) -> list[Any]:

@@ -11,7 +11,7 @@ import pytest
 from sqlalchemy import Engine, text
 
 from sqlqueue import DuplicateJob, IdOutOfRange, Job, Queue, Retry, Unique, UniqueKeyBusy
-from tests.harness import rows, value, wait_until
+from tests.harness import rows, value, wait_until, work
 
 SECOND = timedelta(seconds=1)
 UNENDED = "select count(*) from sqlqueue.live"
@@ -22,10 +22,6 @@ def greeter(queue: Queue, unique: Unique, **options: Any) -> Any:
     def greet(name: str, times: int = 1) -> None: ...
 
     return greet
-
-
-def work(queue: Queue) -> None:
-    queue.worker(drain=True, poll=timedelta(seconds=0.25), listen=False).run()
 
 
 # What is the same

@@ -568,6 +568,35 @@ $$;
 comment on function sqlqueue.cancel_unstarted is
     'Ends a job as cancelled if it is scheduled, waiting or ready; true if it was';
 
+create function sqlqueue.cancel(job_id uuid, reason text default 'cancelled by request')
+returns boolean
+language plpgsql volatile
+set enable_seqscan = off
+set jit = off
+as $$
+#variable_conflict use_column
+declare
+    wanted constant uuid := job_id;
+begin
+    -- The request is found by the worker of a job that moves while this looks, at its next beat.
+    insert into sqlqueue.cancel_request (job_id, reason)
+    select id, cancel.reason
+    from sqlqueue.job
+    where id = wanted
+      and not exists (select from sqlqueue.run where run.job_id = wanted and is_final)
+    on conflict do nothing;
+    if sqlqueue.cancel_unstarted(wanted, cancel.reason) then
+        return true;
+    end if;
+    perform pg_notify('sqlqueue', concat_ws(' ', worker_id, 'cancel', job_id))
+    from sqlqueue.lease
+    where job_id = wanted;
+    return found;
+end
+$$;
+comment on function sqlqueue.cancel is
+    'Ends a job as cancelled, or tells a running one to stop; false if it had ended';
+
 create function sqlqueue.is_held(claim sqlqueue.unique_claim) returns boolean
 language sql stable
 as $$
@@ -640,14 +669,7 @@ begin
                 set due_at = least(now() + delay, holder.taken_at + longest)
                 where job_id = holder.job_id and run = 0;
             elsif is_theirs and on_conflict = 'replace' and holder.job_id <> all (ids) then
-                if not sqlqueue.cancel_unstarted(holder.job_id, 'replaced') then
-                    insert into sqlqueue.cancel_request (job_id, reason)
-                    values (holder.job_id, 'replaced')
-                    on conflict (job_id) do nothing;
-                    perform pg_notify('sqlqueue', concat_ws(' ', worker_id, 'cancel', job_id))
-                    from sqlqueue.lease
-                    where job_id = holder.job_id;
-                end if;
+                perform sqlqueue.cancel(holder.job_id, 'replaced');
                 is_theirs := false;
             end if;
             if is_theirs then
@@ -776,7 +798,7 @@ def downgrade() -> None:
     op.execute(
         in_schema(
             "drop function sqlqueue.pause, sqlqueue.retry, sqlqueue.take_keys, sqlqueue.is_held,"
-            " sqlqueue.cancel_unstarted, sqlqueue.set_policy, sqlqueue.gate_again,"
+            " sqlqueue.cancel, sqlqueue.cancel_unstarted, sqlqueue.set_policy, sqlqueue.gate_again,"
             " sqlqueue.admit, sqlqueue.take,"
             " sqlqueue.room_in, sqlqueue.rank, sqlqueue.gate;"
             "drop table sqlqueue.policy, sqlqueue.share, sqlqueue.bucket, sqlqueue.turn,"

@@ -207,35 +207,6 @@ $$;
 comment on function sqlqueue.set_schedules is
     'Sets schedules; with the tasks known to the code, those it declares: the others are paused';
 
-create function sqlqueue.cancel(job_id uuid, reason text default 'cancelled by request')
-returns boolean
-language plpgsql volatile
-set enable_seqscan = off
-set jit = off
-as $$
-#variable_conflict use_column
-declare
-    wanted constant uuid := job_id;
-begin
-    -- The request is found by the worker of a job that moves while this looks, at its next beat.
-    insert into sqlqueue.cancel_request (job_id, reason)
-    select id, cancel.reason
-    from sqlqueue.job
-    where id = wanted
-      and not exists (select from sqlqueue.run where run.job_id = wanted and is_final)
-    on conflict do nothing;
-    if sqlqueue.cancel_unstarted(wanted, cancel.reason) then
-        return true;
-    end if;
-    perform pg_notify('sqlqueue', concat_ws(' ', worker_id, 'cancel', job_id))
-    from sqlqueue.lease
-    where job_id = wanted;
-    return found;
-end
-$$;
-comment on function sqlqueue.cancel is
-    'Ends a job as cancelled, or tells a running one to stop; false if it had ended';
-
 create function sqlqueue.promote(within interval, batch integer) returns table (
     queue text, priority smallint, moved bigint, is_rung boolean
 )
@@ -425,8 +396,7 @@ def upgrade() -> None:
 def downgrade() -> None:
     op.execute(
         in_schema(
-            "drop function sqlqueue.cancel, sqlqueue.promote,"
-            " sqlqueue.rescue, sqlqueue.arm, sqlqueue.disarm,"
+            "drop function sqlqueue.promote, sqlqueue.rescue, sqlqueue.arm, sqlqueue.disarm,"
             " sqlqueue.lanes, sqlqueue.next_due, sqlqueue.set_schedules, sqlqueue.fire,"
             " sqlqueue.run_schedule;"
             "drop table sqlqueue.schedule, sqlqueue.tick;"

@@ -10,11 +10,6 @@ from sqlqueue.cli.words import NOTHING, count, duration, failure, json_option, o
 from sqlqueue.policy import Policy
 from sqlqueue.reports import Control, misuse
 from sqlqueue.schedule import Schedule
-from sqlqueue.task import Task
-
-AnyTask = Task[..., Any]
-Args = list[Any]
-Kwargs = dict[str, Any]
 
 
 @click.group()

@@ -28,13 +28,6 @@ from sqlqueue.cli.words import (
 from sqlqueue.errors import JobNotFound
 from sqlqueue.job import LIVE, Job
 from sqlqueue.reports import Control, fields, misuse
-from sqlqueue.task import Task
-
-AnyTask = Task[..., Any]
-Args = list[Any]
-Kwargs = dict[str, Any]
-
-# Jobs
 
 
 @click.group()
@@ -132,16 +125,20 @@ def change(
     if is_piped:
         words += [line.split()[0] for line in sys.stdin if line.strip()]
     which = {name: given[name] for name in ("state", "queue", "task")}
-    if bool(given["job"]) == any(which.values()):
+    is_described = any(which.values())
+    if bool(given["job"]) == is_described:
         raise click.UsageError("name jobs, or say which by --state, --queue or --task")
     with misuse():
         ids = list(dict.fromkeys(UUID(word) for word in words))
     with control.reports() as reports:
-        if any(which.values()):
-            ids = [row["id"] for row in reports.jobs(**which, limit=MOST) if row["state"] in states]
-        found = reports.states(ids)
+        if is_described:
+            rows = reports.jobs(**which, limit=MOST)
+            found = {row["id"]: row["state"] for row in rows if row["state"] in states}
+            ids = list(found)
+        else:
+            found = reports.states(ids)
     able = [job for job in ids if found.get(job) in states]
-    is_bulk = is_piped or len(ids) > 1 or any(which.values())
+    is_bulk = is_piped or len(ids) > 1 or is_described
     if able and is_bulk and not (is_trial or given["yes"]):
         confirm(f"{ctx.info_name} {len(able)} jobs?")
     done = {job: None for job in able if is_trial or act(Job(control.plain, job))}

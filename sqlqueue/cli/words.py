@@ -19,11 +19,6 @@ from sqlqueue.job import LIVE, Job
 from sqlqueue.link import DatabaseError
 from sqlqueue.policy import Rate
 from sqlqueue.reports import Choice, Control, inert
-from sqlqueue.task import Task
-
-AnyTask = Task[..., Any]
-Args = list[Any]
-Kwargs = dict[str, Any]
 
 # Exit codes; 0 is done, and 2, which is click's, misused.
 FAILED, UNREACHABLE, SCHEMA, NOTHING, IN_PART, TOO_LONG, INTERRUPTED = 1, 3, 4, 5, 6, 124, 130
