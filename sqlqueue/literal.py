@@ -4,6 +4,8 @@ import os
 import time
 from collections.abc import Iterable
 
+MAX_TEXT_BYTES = 64 * 1024
+
 
 def array(items: Iterable[object]) -> str:
     """Write a Postgres array literal: several times as fast as the driver's own arrays.
@@ -19,6 +21,12 @@ def array(items: Iterable[object]) -> str:
         for item in items
     ]
     return "{" + ",".join(texts) + "}"
+
+
+def storable(text: str) -> str:
+    """Cut a text and replace what Postgres cannot hold: NUL and lone surrogates."""
+    cut = text.replace("\0", "\N{REPLACEMENT CHARACTER}").encode("utf-8", "replace")
+    return cut[-MAX_TEXT_BYTES:].decode("utf-8", "ignore")
 
 
 def new_id() -> str:

@@ -5,6 +5,7 @@ to the job. A worker reads the row, never the configuration of whoever enqueued.
 """
 
 import json
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -20,7 +21,7 @@ NAME = re.compile(r"[A-Za-z0-9_.:-]{1,100}")
 MAX_HEADER_BYTES = 8 * 1024
 EXECUTORS = ("async", "thread", "process")
 # Options that are stored otherwise than in a column of the same name, as they are.
-DERIVED = {"retry", "expires", "tags", "headers", "weight", "unique"}
+DERIVED = {"retry", "expires", "tags", "headers", "weight", "unique", "log_level"}
 
 
 def check_name(what: str, name: str) -> str:
@@ -50,6 +51,8 @@ class Options:
     key          what limits, shares and order go by, where its queue or task has a Policy
     weight       what it takes of a rate
     unique       that only one such job exists at a time
+    log_level    records of `logging` from this level on are kept with the job; as the task says
+                 where it runs, whatever the call says
     """
 
     queue: str = "default"
@@ -68,6 +71,7 @@ class Options:
     key: str | None = None
     weight: int = 1
     unique: Unique | None = None
+    log_level: int = logging.INFO
 
     def __post_init__(self) -> None:
         check_name("queue", self.queue)

@@ -4,6 +4,7 @@ Children are started with spawn, live long, and are replaced after a number of r
 have grown too large. A child leads a process group of its own, and dies with its parent.
 """
 
+import logging
 import os
 import pkgutil
 import resource
@@ -19,8 +20,9 @@ from typing import Any
 
 from sqlalchemy.orm import Session
 
+from sqlqueue.notes import Line
 from sqlqueue.perform import InThread
-from sqlqueue.run import Run
+from sqlqueue.run import Capture, Run
 from sqlqueue.store import Ended, Store
 from sqlqueue.task import Task
 
@@ -69,7 +71,9 @@ class Child:
             task = run.registered
             address = f"{task.__module__}:{task.__qualname__}"
             self._pipe.send((address, run.row._asdict(), run.claimed))
-            return self._pipe.recv()
+            while isinstance(told := self._pipe.recv(), Line):
+                run.said.add(told)
+            return told
         finally:
             with self._lock:
                 run.handle = None
@@ -93,7 +97,8 @@ class Child:
 
     def _start(self) -> None:
         self._pipe, theirs = SPAWN.Pipe()
-        process = SPAWN.Process(target=_serve, args=(theirs,), name="sqlqueue task")
+        level = logging.getLogger().level
+        process = SPAWN.Process(target=_serve, args=(theirs, level), name="sqlqueue task")
         process.start()
         theirs.close()
         self._process = process
@@ -120,20 +125,35 @@ def die_with_parent() -> None:
     threading.Thread(target=watch, name="sqlqueue parent", daemon=True).start()
 
 
-def _serve(pipe: "Connection[Any, Any]") -> None:
+def _serve(pipe: "Connection[Any, Any]", level: int) -> None:
     """Be a child: take runs from the pipe one by one, and say how each ended."""
     os.setpgid(0, 0)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     die_with_parent()
-    pipe.send(None)
+    said = _Teller(pipe)
+    said.add(None)
+    logging.getLogger().setLevel(level)
+    Capture.install()
     with suppress(EOFError):  # the parent is gone
         while True:
-            ended = _perform(*pipe.recv())
-            pipe.send((ended, resident_bytes()))
+            ended = _perform(said, *pipe.recv())
+            said.add((ended, resident_bytes()))
 
 
-def _perform(address: str, row: dict[str, Any], claimed: float) -> Ended | None:
-    run = Run(SimpleNamespace(**row), None, Store(), claimed)
+class _Teller:
+    """Tells the parent what runs say; any thread of theirs may call it."""
+
+    def __init__(self, pipe: "Connection[Any, Any]") -> None:
+        self._pipe = pipe
+        self._lock = threading.Lock()
+
+    def add(self, told: object) -> None:
+        with self._lock:
+            self._pipe.send(told)
+
+
+def _perform(said: Any, address: str, row: dict[str, Any], claimed: float) -> Ended | None:
+    run = Run(SimpleNamespace(**row), None, Store(), claimed, said)
     try:
         run.registered = _find(address)
         return InThread(Session).perform(run)

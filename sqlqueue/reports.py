@@ -32,6 +32,7 @@ from sqlqueue.telemetry import configure_logging
 
 Row = dict[str, Any]
 WIDE = 1000  # columns
+LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 GUESSES = ("tasks", "app", "main")  # modules looked for in the current folder
 
 # Jobs that fit, newest first: ids are uuid v7, so their order is that of enqueuing.
@@ -50,7 +51,7 @@ _JOB = """
 select
     id, state, reason, queue, task, description, priority, args, tags, headers, created_at, due_at,
     expires_at, started_at, ended_at, run, attempt, attempts, crashes, timeout, worker_id, waited,
-    ran, result, error_type, error
+    ran, progress, note, result, error_type, error
 from sqlqueue.jobs
 where id = :job
 """
@@ -100,6 +101,14 @@ left join sqlqueue.queue as pause
     and coalesce(pause.resumes_at > now(), true)
 order by 1
 """
+_LOGS = """
+select run, at, level, logger, source, message, fields, progress
+from sqlqueue.logs
+where job_id = :job
+  and (run = :run or cast(:run as integer) is null)
+  and (level = any (:levels) or cast(:levels as text[]) is null)
+order by run, seq
+"""
 _SCHEDULES = """
 select name, task, cron, every, tz, missed, next_at, last_at, problem, paused_by, paused_why
 from sqlqueue.schedule
@@ -134,6 +143,11 @@ class Reports:
     def states(self, job_ids: Sequence[UUID]) -> dict[UUID, str]:
         """Return the state of each of some jobs that exists."""
         return {row["id"]: row["state"] for row in self._rows(_STATES, jobs=list(job_ids))}
+
+    def logs(self, job_id: UUID, run: int | None, level: str | None) -> list[Row]:
+        """Return what a job said, in all its runs or in one, from a level on."""
+        levels = list(LEVELS[LEVELS.index(level) :]) if level else None
+        return self._rows(_LOGS, job=job_id, run=run, levels=levels)
 
     def queues(self) -> list[Row]:
         """Return the queues with jobs that have not ended, and those that were ever paused."""

@@ -10,7 +10,7 @@ from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar, copy_context
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from functools import partial
+from functools import cached_property, partial
 from time import monotonic
 from typing import Any
 from uuid import UUID
@@ -19,13 +19,15 @@ import psycopg
 
 from sqlqueue.codec import decode_headers, encode_value
 from sqlqueue.errors import BadArguments, Cancel, LeaseLost, NotRepresentable, RetryIn, Snooze
+from sqlqueue.literal import storable
+from sqlqueue.notes import Notes, Said
 from sqlqueue.retry import Retry, class_name
 from sqlqueue.store import Ended, Executes, Store
 from sqlqueue.transaction import Transaction, across, within
 
 log = logging.getLogger("sqlqueue.worker")
-MAX_ERROR_BYTES = 64 * 1024
 _current: ContextVar["Run"] = ContextVar("sqlqueue_run")
+_on_stderr = logging.StreamHandler()
 
 
 def current_run() -> "Run":
@@ -50,13 +52,16 @@ class Run:
     deadline      when its time is over, by the database's clock; None: never
     interrupted   why it is to stop: timed_out, cancelled or returned; None while it may go on
     has_finished  whether the task called `finish`
+    log           a logger; what any other one records in a run is kept with its job, too
     """
 
     row: Any
     registered: Any  # the Task; None if there is none, or none that can be imported
     _store: Store
     claimed: float
+    said: Said
     _patience: timedelta | None = None
+    log = logging.getLogger("sqlqueue.task")
     interrupted: str | None = None
     interrupted_at: float = 0.0
     is_over: bool = False
@@ -94,6 +99,20 @@ class Run:
     def fencing_token(self) -> str:
         """Text that names this run and no other, for outside systems that refuse old ones."""
         return f"{self.key[0]}:{self.number}"
+
+    @cached_property
+    def notes(self) -> Notes:
+        """What the run says while it runs."""
+        return Notes(self.key, self.said.add)
+
+    def progress(self, percent: float, note: str | None = None) -> None:
+        """Say how far the run is; of what is said within a second, the last is kept.
+
+        Raises ValueError unless `percent` is from 0 to 100.
+        """
+        if not 0 <= percent <= 100:
+            raise ValueError(f"percent must be from 0 to 100, got {percent}")
+        self.notes.progress(percent, note)
 
     @property
     def is_cancelled(self) -> bool:
@@ -153,10 +172,10 @@ class Run:
             return self._ended("snoozed", error.wait)
         # Unlike str(error), this copes with exceptions whose own code fails.
         seen = traceback.TracebackException.from_exception(error)
-        text = _storable(str(seen))
+        text = storable(str(seen))
         if isinstance(error, Cancel):
             return self._ended("cancelled", None, "cancelled", text)
-        trace = _storable("".join(seen.format()))
+        trace = storable("".join(seen.format()))
         return self._ended("failed", self._wait(error), class_name(type(error)), text, trace)
 
     def stopped(self) -> Ended:
@@ -200,10 +219,27 @@ class Run:
         self, outcome: str, wait: timedelta | None, *texts: str, result: str | None = None
     ) -> Ended:
         ran = None if self.started is None else monotonic() - self.started
+        if "notes" in vars(self):
+            self.notes.close()
         return Ended(*self.key, outcome, wait, ran, result, *texts)
 
 
-def _storable(text: str) -> str:
-    """Cut a text and replace what Postgres cannot hold: NUL and lone surrogates."""
-    cut = text.replace("\0", "\N{REPLACEMENT CHARACTER}").encode("utf-8", "replace")
-    return cut[-MAX_ERROR_BYTES:].decode("utf-8", "ignore")
+class Capture(logging.Handler):
+    """Keeps the records of a run with its job; put at the root logger by `install`."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        run = _current.get(None)
+        try:
+            if run and record.levelno >= run.registered.options.log_level:
+                run.notes.record(record)
+        except Exception:
+            self.handleError(record)
+        if logging.root.handlers == [self] and record.levelno >= logging.WARNING:
+            _on_stderr.handle(record)  # as logging does where nobody has set it up
+
+    @classmethod
+    def install(cls) -> None:
+        """Put one at the root logger, unless there is one."""
+        if not any(isinstance(one, cls) for one in logging.root.handlers):
+            logging.root.addHandler(cls())
+            Run.log.setLevel(logging.INFO)

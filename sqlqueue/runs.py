@@ -14,6 +14,7 @@ from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 from sqlalchemy.orm import Session
 
 from sqlqueue.executors import Executor, LoopExecutor, ThreadExecutor
+from sqlqueue.notes import Said
 from sqlqueue.perform import InThread, OnLoop
 from sqlqueue.process import Child
 from sqlqueue.run import Run
@@ -34,6 +35,7 @@ class Runs:
 
     next_check monotonic time at which `check` has something to do
     wake       called when a run is over or is to be looked at
+    said       what runs say, to be written
     lingering  runs that are over for us, and go on in a slot all the same
     has_stale  set when jobs claimed ahead had to be handed back: they take longer than thought
     is_stuck   whether a run went on after its end
@@ -42,6 +44,7 @@ class Runs:
     def __init__(self, queue: "Queue", options: "WorkerOptions", wake: Callable[[], None]) -> None:
         self.held: dict[tuple[str, int], Run] = {}
         self.lingering: set[Run] = set()
+        self.said = Said()
         self.has_stale = False
         self.is_stuck = False
         self._queue = queue
@@ -58,7 +61,7 @@ class Runs:
         batches: dict[str, list[Run]] = {}
         for row in rows:
             task = self._queue.tasks[row.task]
-            run = Run(row, task, self._queue.store, now, patience)
+            run = Run(row, task, self._queue.store, now, self.said, patience)
             self.held[run.key] = run
             if row.is_expired or row.is_cancelled:
                 why = "expired" if row.is_expired else "cancelled"

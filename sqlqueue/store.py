@@ -131,6 +131,7 @@ class Store:
     fire        name, instants, next_at (None: never), problem -> jobs enqueued
     take_keys   keys, ids, on_conflict, until_started, period, delay, longest -> the job that holds
                 each key; None if somebody else's transaction is taking one
+    log         lines as JSON: keeps what runs said
     tidy        -> a line for each partition dropped
     """
 
@@ -166,6 +167,7 @@ class Store:
     take_keys = Statement(
         _first, "keys", "ids", "on_conflict", "until_started", "period", "delay", "longest"
     )
+    log = Statement(list, "lines")
     set_policy = Statement(list, "scope", "name", "rules")
     tidy = Statement(lambda rows: [row[0] for row in rows])
 

@@ -1,4 +1,4 @@
-"""What any worker does for all: promote what is due, rescue, keep the tables.
+"""What any worker does for all: promote what is due, rescue, keep the tables and the log.
 
 Every worker does it, at any time and beside the others; there is no leader.
 """
@@ -55,6 +55,10 @@ class Upkeep:
                 for line in self._store.tidy(conn):
                     log.info("upkeep: %s", line)
             self._tidies.end()
+        with self._worker.runs.said.taken() as lines:
+            if lines:
+                with self.link.begin(self._ttl) as conn:
+                    self._store.log(conn, lines)
         self.passes += 1
         return wait
 

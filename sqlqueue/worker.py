@@ -23,7 +23,7 @@ from sqlqueue.heartbeat import Heartbeat
 from sqlqueue.lanes import Lanes, Sweeps
 from sqlqueue.link import DatabaseError, Link
 from sqlqueue.listener import Listener
-from sqlqueue.run import Run
+from sqlqueue.run import Capture, Run
 from sqlqueue.runs import NEVER, STALE, End, Runs
 from sqlqueue.store import Ended, Executes, Lane
 from sqlqueue.upkeep import LOOK_EVERY, Upkeep
@@ -120,6 +120,7 @@ class Worker:
     def start(self) -> None:
         """Register, and begin to work in the background."""
         self._register()
+        Capture.install()
         self.heartbeat = Heartbeat(self)
         self.upkeep = Upkeep(self)
         self.listener = Listener(self)
@@ -434,7 +435,7 @@ class Worker:
                 error_type="unknown_task",
                 error=f"no worker that got it knows the task {row.task}",
             )
-        return Run(row, None, self.queue.store, monotonic()), ended
+        return Run(row, None, self.queue.store, monotonic(), self.runs.said), ended
 
     # The end
 
@@ -472,7 +473,13 @@ class Worker:
         for _, wakes, _ in self._parts:
             wakes.set()
         if not self.runs.held:
-            with suppress(*DatabaseError), self._link.begin(self.options.ttl) as conn:
+            with (
+                suppress(*DatabaseError),
+                self.runs.said.taken() as lines,
+                self._link.begin(self.options.ttl) as conn,
+            ):
+                if lines:
+                    self.queue.store.log(conn, lines)
                 self.queue.store.disarm(conn, self.lanes.names, self.id)
                 self.queue.store.unregister(conn, self.id)
                 # Others look for what was handed back; our own listener wakes to end.

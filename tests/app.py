@@ -148,3 +148,10 @@ def stubborn(key: str) -> None:
             conn.execute(NOTE, {"key": key, "run": current_run().number, "pid": pid})
     while True:
         signal.pause()
+
+
+@queue.task(executor="process")
+def tell(word: str) -> None:
+    """Log, and say how far it is."""
+    logging.getLogger("shop").info("%s: begins", word)
+    current_run().progress(50, word)

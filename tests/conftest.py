@@ -5,6 +5,7 @@ the embedded one; else everything fails and says what to do.
 """
 
 import os
+import signal
 import subprocess
 from collections.abc import Iterator
 
@@ -15,10 +16,14 @@ from sqlqueue import Queue, migrate
 from sqlqueue.embedded import Server
 from sqlqueue.store import Store
 
+# Who is started in the background ignores these, and so would all that tests start and interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
 TABLES = (
     "job", "ready", "waiting", "scheduled", "lease", "run", "worker", "queue", "doorbell",
     "cancel_request", "policy", "share", "bucket", "turn", "admitted", "unique_claim",
-    "schedule", "tick",
+    "schedule", "tick", "log",
 )  # fmt: skip
 
 

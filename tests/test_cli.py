@@ -37,7 +37,7 @@ from datetime import datetime, timedelta
 from sqlalchemy import text
 from sqlalchemy.orm import Session
 
-from sqlqueue import Queue, Retry
+from sqlqueue import Queue, Retry, current_run
 
 queue = Queue({url!r}, retry=Retry(attempts=1))
 options = dict(name="text")
@@ -56,6 +56,14 @@ async def next_day(day: datetime) -> datetime:
 @queue.task(name="fail")
 def fail() -> None:
     raise ValueError("no\\x1b[31m\\ttab\\nand a line")
+
+
+@queue.task(name="tell")
+def tell() -> None:
+    run = current_run()
+    run.log.info("begins")
+    run.log.error("gave\\x1bup", extra={{"by": "hand"}})
+    run.progress(50, "half")
 
 
 @queue.task(name="echo")
@@ -187,7 +195,7 @@ def test_the_page_names_the_options_a_command_has_and_no_others(name: str, comma
 def test_the_page_names_every_command_and_every_option_of_all():
     assert re.findall("^## (.+)$", PAGE, re.MULTILINE) == [
         *("config", "demo", "bench", "migrate", "worker", "enqueue", "call"),
-        *("jobs list", "jobs show", "jobs result", "jobs retry", "jobs cancel"),
+        *("jobs list", "jobs show", "jobs result", "jobs logs", "jobs retry", "jobs cancel"),
         *("queues list", "queues limit", "queues pause", "queues resume"),
         *(f"schedules {word}" for word in ("list", "next", "run", "pause", "resume")),
     ]
@@ -711,6 +719,21 @@ def ended(shop: Shop) -> dict[str, str]:
     jobs["scheduled"] = job_of(shop.run("enqueue", "add", "1", "--delay", "1h"))
     jobs["ready"] = job_of(shop.run("enqueue", "next_day", "2026-11-20T09:00:00Z"))
     return jobs
+
+
+def test_what_a_job_said_is_written(shop: Shop):
+    job = job_of(shop.run("enqueue", "tell"))
+    shop.work()
+
+    said = shop.json("jobs", "logs", job)
+    assert [(row["run"], row["level"], row["message"]) for row in said] == [
+        (1, "INFO", "begins"), (1, "ERROR", "gave\x1bup"), (1, "PROGRESS", "half"),
+    ]  # fmt: skip
+    assert said[2]["progress"] == 50
+    (line,) = shop.run("jobs", "logs", job, "--level", "WARNING").stdout.splitlines()
+    assert line.endswith('gave\\x1bup\t{"by": "hand"}\t')
+    assert shop.run("jobs", "logs", job, "--run", "2").stdout == ""
+    assert "not found" in shop.run("jobs", "logs", NOBODY, exits=5).stderr
 
 
 def test_jobs_are_listed_newest_first(shop: Shop, ended: dict[str, str]):

@@ -22,7 +22,7 @@ PACKAGE = ROOT / "sqlqueue"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 STATEMENTS = sorted((PACKAGE / "sql").glob("*.sql"))
 
-WORDS = {"errors", "literal", "retry", "options", "codec", "policy", "schedule"}
+WORDS = {"errors", "literal", "notes", "retry", "options", "codec", "policy", "schedule"}
 STORE = {"store"}
 EDGE = {"cli", "demo", "bench", "embedded", "reports", "telemetry", "testing", "integrations",
     "pytest_plugin", "__main__",
@@ -206,6 +206,7 @@ VERBS: dict[str, Callable[[Store, Executes, int], object]] = ASKED | {
         conn, [], [], "skip", False, None, None, None
     ),
     "cancel": lambda store, conn, worker: store.cancel(conn, "", ""),
+    "log": lambda store, conn, worker: store.log(conn, "[]"),
     "retry": lambda store, conn, worker: store.retry(conn, ""),
     "due_schedules": lambda store, conn, worker: store.due_schedules(conn),
     "fire": lambda store, conn, worker: store.fire(conn, "s", [], None, None),

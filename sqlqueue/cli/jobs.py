@@ -27,7 +27,7 @@ from sqlqueue.cli.words import (
 )
 from sqlqueue.errors import JobNotFound
 from sqlqueue.job import LIVE, Job
-from sqlqueue.reports import Control, fields, misuse
+from sqlqueue.reports import LEVELS, Control, fields, misuse
 
 
 @click.group()
@@ -77,6 +77,21 @@ def show(control: Control, job: UUID) -> None:
 def result(control: Control, job: UUID, wait: bool, wait_for: timedelta | None) -> None:
     """Write the result of a job, as JSON."""
     write_result(control, job, wait=wait or wait_for is not None, wait_for=wait_for)
+
+
+@jobs.command()
+@click.argument("job", type=click.UUID)
+@option("--run", type=count, help="Of this run only.")
+@option("--level", type=click.Choice(LEVELS), help="From this level on; without progress.")
+@json_option
+@click.pass_obj
+def logs(control: Control, /, job: UUID, run: int | None, level: str | None) -> None:
+    """Write what a job said in its runs: its log lines and its progress."""
+    with control.reports() as reports:
+        if reports.job(job) is None:
+            raise JobNotFound(job)
+        rows = reports.logs(job, run, level)
+    control.write(rows, rows)
 
 
 @jobs.command()
