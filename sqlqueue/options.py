@@ -21,7 +21,7 @@ NAME = re.compile(r"[A-Za-z0-9_.:-]{1,100}")
 MAX_HEADER_BYTES = 8 * 1024
 EXECUTORS = ("async", "thread", "process")
 # Options that are stored otherwise than in a column of the same name, as they are.
-DERIVED = {"retry", "expires", "tags", "headers", "weight", "unique", "log_level"}
+DERIVED = {"retry", "expires", "tags", "headers", "weight", "unique", "log_level", "wait_if_full"}
 
 
 def check_name(what: str, name: str) -> str:
@@ -53,6 +53,7 @@ class Options:
     unique       that only one such job exists at a time
     log_level    records of `logging` from this level on are kept with the job; as the task says
                  where it runs, whatever the call says
+    wait_if_full  how long `enqueue`, in a transaction of its own, waits for room in a full queue
     """
 
     queue: str = "default"
@@ -72,6 +73,7 @@ class Options:
     weight: int = 1
     unique: Unique | None = None
     log_level: int = logging.INFO
+    wait_if_full: timedelta | None = None
 
     def __post_init__(self) -> None:
         check_name("queue", self.queue)

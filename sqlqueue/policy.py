@@ -78,6 +78,8 @@ class Policy:
                          its retries
     ageing               waiting for this long is worth one step of priority
     max_waiting          jobs that may wait: more are refused with QueueFull
+    breaks_after         runs that fail one after another, after which nothing is started for
+    breaks_for           this long, then one job at a time until one succeeds
     shares               jobs of a key, for each turn of it; 1 for those not named (queues only)
     """
 
@@ -88,14 +90,19 @@ class Policy:
     keeps_order: bool = False
     ageing: timedelta | None = None
     max_waiting: int | None = None
+    breaks_after: int | None = None
+    breaks_for: timedelta | None = None
     shares: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name in ("concurrency", "concurrency_per_key", "max_waiting"):
+        for name in ("concurrency", "concurrency_per_key", "max_waiting", "breaks_after"):
             if (limit := getattr(self, name)) is not None and limit < 1:
                 raise ValueError(f"{name} must be at least 1, or None, got {limit}")
-        if self.ageing is not None and self.ageing <= timedelta(0):
-            raise ValueError(f"ageing must be more than 0, or None, got {self.ageing}")
+        for name in ("ageing", "breaks_for"):
+            if (span := getattr(self, name)) is not None and span <= timedelta(0):
+                raise ValueError(f"{name} must be more than 0, or None, got {span}")
+        if (self.breaks_after is None) != (self.breaks_for is None):
+            raise ValueError("give breaks_after and breaks_for, or neither")
         if any(weight < 1 for weight in self.shares.values()):
             raise ValueError("a share must be at least 1")
 
@@ -106,5 +113,6 @@ class Policy:
             if rate := getattr(self, name):
                 rules[name] = rate.jobs / rate.per.total_seconds()
                 rules[name.replace("rate", "burst")] = rate.burst or max(rate.jobs, 1)
-        rules["ageing"] = self.ageing and f"{self.ageing.total_seconds()} s"
+        for name in ("ageing", "breaks_for"):
+            rules[name] = rules[name] and f"{rules[name].total_seconds()} s"
         return json.dumps(rules)

@@ -6,7 +6,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, closing, contextmanager
 from datetime import timedelta
+from functools import partial
 from itertools import islice
+from time import monotonic, sleep
 from typing import Any, ParamSpec, TypeVar, overload
 from uuid import UUID
 
@@ -14,7 +16,7 @@ from psycopg.pq import TransactionStatus
 from sqlalchemy import URL, Engine, create_engine
 
 from sqlqueue.codec import Plain, encode_call
-from sqlqueue.errors import DuplicateJob, UniqueKeyBusy
+from sqlqueue.errors import DuplicateJob, QueueFull, UniqueKeyBusy
 from sqlqueue.job import Job
 from sqlqueue.literal import new_id
 from sqlqueue.options import Options, check_name
@@ -38,6 +40,7 @@ R = TypeVar("R")
 Kwargs = Mapping[str, Any]
 Name = str | None
 Added = tuple[int, dict[str, str]]
+FULL_LOOK = 0.05  # seconds between looks at a full queue
 BATCH = 1000  # calls encoded and sent at a time by enqueue_many
 
 
@@ -142,12 +145,14 @@ class Queue:
 
     def enqueue(self, call: Call) -> Job[Any]:
         """Enqueue a call made by `Task.s`, in the transaction bound, or in one of its own."""
-        _, holders = self._write(lambda conn: self._add(conn, [call]))
+        work = partial(self._add, calls=[call])
+        _, holders = self._write(work, call.options.wait_if_full)
         return Job(self, UUID(holders.get(call.id, call.id)))
 
     async def aenqueue(self, call: Call) -> Job[Any]:
         """Do what `enqueue` does, from async code."""
-        _, holders = await self._awrite(lambda conn: self._add(conn, [call]))
+        work = partial(self._add, calls=[call])
+        _, holders = await self._awrite(work, call.options.wait_if_full)
         return Job(self, UUID(holders.get(call.id, call.id)))
 
     def enqueue_many(self, calls: Iterable[Call]) -> int:
@@ -176,16 +181,23 @@ class Queue:
         with savepoint(conn):
             return sum(self._add(conn, some)[0] for some in _batches(calls))
 
-    def _write(self, work: Callable[[Executes], R]) -> R:
+    def _write(self, work: Callable[[Executes], R], patience: timedelta | None) -> R:
         if self._transaction is not None:
             return within(self._transaction, work)
-        with self.autocommit() as conn:
-            return work(conn)
+        until = monotonic() + (patience.total_seconds() if patience else 0)
+        while True:
+            try:
+                with self.autocommit() as conn:
+                    return work(conn)
+            except QueueFull:
+                if monotonic() >= until:
+                    raise
+            sleep(FULL_LOOK)
 
-    async def _awrite(self, work: Callable[[Executes], R]) -> R:
+    async def _awrite(self, work: Callable[[Executes], R], patience: timedelta | None) -> R:
         if self._transaction is not None:
             return await across(self._transaction, work)
-        return await asyncio.to_thread(self._write, work)
+        return await asyncio.to_thread(self._write, work, patience)
 
     def _add(self, conn: Executes, calls: list[Call]) -> Added:
         """Add jobs; return how many were new, and by id the jobs that stand for others."""

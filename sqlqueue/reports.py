@@ -95,10 +95,22 @@ full join sqlqueue.queue on queue.name = level.queue
 left join sqlqueue.policy
     on policy.scope = 'queue'
     and policy.name = coalesce(level.queue, queue.name)
-left join sqlqueue.queue as pause
-    on pause.name = queue.name
-    and pause.paused_at is not null
-    and coalesce(pause.resumes_at > now(), true)
+left join lateral (
+    select paused_at, paused_by, paused_why, resumes_at
+    from (
+        select name, paused_at, paused_by, paused_why, resumes_at
+        from sqlqueue.queue
+        union all
+        select name, paused_at, paused_by, paused_why, resumes_at
+        from sqlqueue.policy
+        where scope = 'queue'
+    ) as told
+    where name = coalesce(level.queue, queue.name)
+      and paused_at is not null
+      and coalesce(resumes_at > now(), true)
+    order by resumes_at desc nulls first
+    limit 1
+) as pause on true
 order by 1
 """
 _LOGS = """

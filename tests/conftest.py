@@ -23,7 +23,7 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)
 TABLES = (
     "job", "ready", "waiting", "scheduled", "lease", "run", "worker", "queue", "doorbell",
     "cancel_request", "policy", "share", "bucket", "turn", "admitted", "unique_claim",
-    "schedule", "tick", "log",
+    "schedule", "tick", "log", "verdict",
 )  # fmt: skip
 
 

@@ -1,17 +1,20 @@
 """Limits, rates, shares and order: what waits, and when it is admitted."""
 
+import asyncio
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import pytest
 from sqlalchemy import Connection, text
 
-from sqlqueue import Policy, Queue, QueueFull, Rate
+from sqlqueue import Policy, Queue, QueueFull, Rate, Retry
 from sqlqueue.literal import new_id
 from sqlqueue.options import Options
 from sqlqueue.store import Ended, Lane, Store
-from tests.harness import rows, value
+from tests.harness import POLLING, rows, value
 from tests.test_store import hire
 
 LANE = Lane("mail", 0)
@@ -308,6 +311,27 @@ def test_a_full_queue_refuses_jobs(queue) -> None:
     queue.send("t")
 
 
+@pytest.mark.parametrize("is_async", [False, True])
+def test_enqueuing_waits_for_room_in_a_full_queue(queue, engine, is_async) -> None:
+    job = queue.task(name="t", queue="mail", wait_if_full=SECOND * 20)(lambda: None)
+    queue.set_policy(Policy(max_waiting=1, concurrency=1), queue="mail")
+    job.enqueue()
+
+    with ThreadPoolExecutor() as threads:
+        work = partial(asyncio.run, job.aenqueue()) if is_async else job.enqueue
+        second = threads.submit(work)
+        with pytest.raises(TimeoutError):
+            second.result(0.2)
+        queue.worker("mail", max_jobs=1, **POLLING).run()
+        second.result(20)
+
+    assert value(engine, "select count(*) from sqlqueue.waiting") == 1
+    with pytest.raises(QueueFull):
+        job.using(wait_if_full=SECOND / 10).enqueue()
+    with engine.begin() as conn, pytest.raises(QueueFull):
+        job.using(conn).enqueue()
+
+
 def test_many_at_once_are_refused_together_if_they_do_not_fit(queue, engine) -> None:
     queue.set_policy(Policy(max_waiting=2), queue="mail")
     task = queue.task(name="t", queue="mail")(lambda: None)
@@ -334,12 +358,20 @@ def test_a_job_enqueued_in_sql_waits_too(engine, queue) -> None:
         {"concurrency_per_key": 0},
         {"max_waiting": 0},
         {"ageing": timedelta(0)},
+        {"breaks_after": 0, "breaks_for": SECOND},
+        {"breaks_after": 1, "breaks_for": timedelta(0)},
         {"shares": {"a": 0}},
     ],
 )
 def test_a_policy_that_makes_no_sense_is_refused(wrong) -> None:
     with pytest.raises(ValueError, match="must be"):
         Policy(**wrong)
+
+
+def test_a_breaker_needs_a_number_and_a_time() -> None:
+    for half in ({"breaks_after": 3}, {"breaks_for": SECOND}):
+        with pytest.raises(ValueError, match="breaks_after and breaks_for, or neither"):
+            Policy(**half)
 
 
 def test_a_rate_that_makes_no_sense_is_refused() -> None:
@@ -375,6 +407,129 @@ def test_the_pause_of_a_task_ends_by_itself(desk) -> None:
 
 
 # Workers
+
+
+# A circuit breaker
+
+BREAKS = Policy(breaks_after=3, breaks_for=SECOND)
+
+
+def run_one(desk: Desk, outcome: str) -> None:
+    assert len(desk.start(1)) == 1
+    desk.end(*desk.rows, outcome=outcome)
+
+
+def has_broken(desk: Desk) -> bool:
+    """Whether nothing is admitted, though jobs wait."""
+    assert desk.count("waiting")
+    return desk.admit() == []
+
+
+def let_time_pass(desk: Desk) -> None:
+    """End the pause of a policy as if its time were over."""
+    desk.conn.execute(text("update sqlqueue.policy set resumes_at = now() - interval '1 us'"))
+
+
+@pytest.mark.parametrize("scope", ["queue", "task"])
+def test_failures_in_a_row_pause_a_queue_or_task(desk, scope) -> None:
+    desk.rule(BREAKS, scope, {"queue": "mail", "task": "t"}[scope])
+    desk.add(count=20)
+
+    for outcome in ("failed", "timed_out", "succeeded", "failed", "crashed", "failed"):
+        run_one(desk, outcome)
+
+    assert has_broken(desk)
+    (rule,) = rows_of(desk, "select * from sqlqueue.policy")
+    assert (rule.failures, rule.paused_by) == (3, "circuit breaker")
+    assert rule.paused_why == "3 failures in a row"
+    assert rule.resumes_at - rule.paused_at == SECOND
+    assert desk.count("verdict") == 0
+
+
+def rows_of(desk: Desk, sql: str) -> list[Any]:
+    return list(desk.conn.execute(text(sql)))
+
+
+def test_a_snooze_or_a_cancel_is_no_failure_and_no_success(desk) -> None:
+    desk.rule(BREAKS)
+    desk.add(count=20)
+
+    for outcome in ("failed", "failed", "snoozed", "cancelled", "failed"):
+        run_one(desk, outcome)
+
+    assert has_broken(desk)
+
+
+def test_after_the_pause_one_job_at_a_time_is_tried_until_one_succeeds(desk) -> None:
+    desk.rule(BREAKS)
+    desk.add(count=30)
+    for _ in range(3):
+        run_one(desk, "failed")
+    assert has_broken(desk)
+
+    let_time_pass(desk)
+    assert len(desk.start()) == 1
+    assert has_broken(desk)
+    desk.end(*desk.rows, outcome="failed")
+    assert has_broken(desk)
+    let_time_pass(desk)
+    assert len(desk.start()) == 1
+    desk.end(*desk.rows)
+
+    assert len(desk.start()) == 25
+
+
+def test_many_failures_at_once_break_the_circuit_once(desk) -> None:
+    desk.rule(BREAKS)
+    desk.add(count=30)
+    desk.start(10)
+    desk.end(*desk.rows[:5], outcome="failed")
+    assert has_broken(desk)
+    (before,) = rows_of(desk, "select * from sqlqueue.policy")
+
+    desk.end(*desk.rows[5:], outcome="failed")
+    assert has_broken(desk)
+
+    (after,) = rows_of(desk, "select * from sqlqueue.policy")
+    assert (before.failures, after.failures) == (5, 10)
+    assert after.resumes_at == before.resumes_at
+
+
+def test_whoever_resumes_a_queue_closes_its_circuit(desk) -> None:
+    desk.rule(BREAKS)
+    desk.add(count=30)
+    for _ in range(3):
+        run_one(desk, "failed")
+    assert has_broken(desk)
+
+    desk.store.pause(desk.conn, "queue", "mail", False, None, None, None)
+
+    assert len(desk.start()) == 27
+
+
+def test_jobs_without_a_breaker_leave_no_verdict(desk) -> None:
+    desk.rule(Policy(concurrency=5))
+    desk.add(count=5)
+    desk.start()
+    desk.end(*desk.rows, outcome="failed")
+
+    assert desk.count("verdict") == 0
+
+
+def test_a_worker_stops_trying_a_broken_service(queue, engine) -> None:
+    tried: list[int] = []
+
+    @queue.task(name="call", queue="mail", retry=Retry(attempts=1))
+    def call(number: int) -> None:
+        tried.append(number)
+        raise ConnectionError
+
+    queue.set_policy(Policy(concurrency=1, breaks_after=3, breaks_for=SECOND * 60), queue="mail")
+    queue.enqueue_many(call.s(number) for number in range(20))
+    queue.worker("mail", drain=True, **POLLING).run()
+
+    assert len(tried) == 3
+    assert value(engine, "select count(*) from sqlqueue.waiting") == 17
 
 
 def test_a_worker_runs_all_jobs_of_a_limited_queue_within_its_limit(queue, engine) -> None:

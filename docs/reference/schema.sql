@@ -455,6 +455,9 @@ create table sqlqueue.policy (
     keeps_order boolean default false not null,
     ageing interval,
     max_waiting integer,
+    breaks_after integer,
+    breaks_for interval,
+    failures integer default 0 not null,
     paused_at timestamptz,
     paused_by text,
     paused_why text,
@@ -486,6 +489,12 @@ comment on column sqlqueue.policy.ageing
     is 'a job that has waited for this long is more urgent by one; null: never';
 comment on column sqlqueue.policy.max_waiting
     is 'jobs that may wait: more are refused when they are enqueued';
+comment on column sqlqueue.policy.breaks_after
+    is 'failures in a row that pause it; null: never';
+comment on column sqlqueue.policy.breaks_for
+    is 'for how long; then one job at a time is tried until one succeeds';
+comment on column sqlqueue.policy.failures
+    is 'in a row, of the runs looked at so far';
 comment on column sqlqueue.policy.paused_at
     is 'since when nothing is admitted; null: not paused';
 comment on column sqlqueue.policy.paused_by
@@ -559,6 +568,28 @@ comment on column sqlqueue.admitted.name
     is 'of the queue or task';
 comment on column sqlqueue.admitted.key
     is 'its key; empty: none';
+
+create table sqlqueue.verdict (
+    id bigint generated always as identity,
+    scope text not null,
+    name text not null,
+    at timestamptz default statement_timestamp() not null,
+    is_failure boolean not null,
+    primary key (id)
+);
+create index verdict_rule on sqlqueue.verdict (scope, name, id);
+comment on table sqlqueue.verdict
+    is 'How runs ended under policies that break a circuit, until whoever admits looks at it';
+comment on column sqlqueue.verdict.id
+    is 'their order';
+comment on column sqlqueue.verdict.scope
+    is 'queue or task';
+comment on column sqlqueue.verdict.name
+    is 'of the queue or task';
+comment on column sqlqueue.verdict.at
+    is 'when the run ended';
+comment on column sqlqueue.verdict.is_failure
+    is 'whether it failed';
 
 create table sqlqueue.unique_claim (
     key text not null,

@@ -1,6 +1,6 @@
 """Add policies: limits, rates, shares and order among the jobs of a queue or task.
 
-adds    the tables policy, share, bucket, turn and admitted, and their functions
+adds    the tables policy, share, bucket, turn, admitted and verdict, and their functions
 locks   nothing that is in use
 time    constant; gives up after lock_timeout (2 s) and can be run again
 undo    drops them: jobs that wait under a policy have to be let go first
@@ -24,6 +24,9 @@ create table sqlqueue.policy (
     keeps_order boolean default false not null,
     ageing interval,
     max_waiting integer,
+    breaks_after integer,
+    breaks_for interval,
+    failures integer default 0 not null,
     paused_at timestamptz,
     paused_by text,
     paused_why text,
@@ -55,6 +58,12 @@ comment on column sqlqueue.policy.ageing
     is 'a job that has waited for this long is more urgent by one; null: never';
 comment on column sqlqueue.policy.max_waiting
     is 'jobs that may wait: more are refused when they are enqueued';
+comment on column sqlqueue.policy.breaks_after
+    is 'failures in a row that pause it; null: never';
+comment on column sqlqueue.policy.breaks_for
+    is 'for how long; then one job at a time is tried until one succeeds';
+comment on column sqlqueue.policy.failures
+    is 'in a row, of the runs looked at so far';
 comment on column sqlqueue.policy.paused_at
     is 'since when nothing is admitted; null: not paused';
 comment on column sqlqueue.policy.paused_by
@@ -128,6 +137,28 @@ comment on column sqlqueue.admitted.name
     is 'of the queue or task';
 comment on column sqlqueue.admitted.key
     is 'its key; empty: none';
+
+create table sqlqueue.verdict (
+    id bigint generated always as identity,
+    scope text not null,
+    name text not null,
+    at timestamptz default statement_timestamp() not null,
+    is_failure boolean not null,
+    primary key (id)
+);
+create index verdict_rule on sqlqueue.verdict (scope, name, id);
+comment on table sqlqueue.verdict
+    is 'How runs ended under policies that break a circuit, until whoever admits looks at it';
+comment on column sqlqueue.verdict.id
+    is 'their order';
+comment on column sqlqueue.verdict.scope
+    is 'queue or task';
+comment on column sqlqueue.verdict.name
+    is 'of the queue or task';
+comment on column sqlqueue.verdict.at
+    is 'when the run ended';
+comment on column sqlqueue.verdict.is_failure
+    is 'whether it failed';
 
 create table sqlqueue.unique_claim (
     key text not null,
@@ -218,6 +249,10 @@ begin
     end if;
     if rule.paused_at is not null and coalesce(rule.resumes_at > now(), true) then
         places := 0;
+    elsif for_key is null and rule.failures >= rule.breaks_after then
+        select 1 - count(*) into places
+        from sqlqueue.admitted
+        where scope = rule.scope and name = rule.name;
     elsif most is not null and for_key is null then
         select most - count(*) into places
         from sqlqueue.admitted
@@ -242,6 +277,65 @@ end
 $$;
 comment on function sqlqueue.room_in is
     'What a policy admits now, in jobs and in weight, of a key or of all; seconds until it is more';
+
+create function sqlqueue.judge(rule sqlqueue.policy) returns sqlqueue.policy
+language plpgsql volatile
+as $$
+#variable_conflict use_column
+declare
+    last_success bigint;
+    since bigint;
+    last_at timestamptz;
+begin
+    if rule.breaks_after is null then
+        return rule;
+    end if;
+    perform from sqlqueue.policy
+    where scope = rule.scope and name = rule.name
+    for update skip locked;
+    if not found then  -- it is being changed
+        return rule;
+    end if;
+    with seen as (
+        delete from sqlqueue.verdict
+        where id = any (array(
+            select id from sqlqueue.verdict where scope = rule.scope and name = rule.name
+        ))
+        returning id, at, is_failure
+    ),
+    success as (
+        select max(id) as last from seen where not is_failure
+    )
+    select success.last, count(*) filter (where is_failure and id > coalesce(success.last, 0)),
+        max(at)
+    into last_success, since, last_at
+    from seen
+    cross join success
+    group by success.last;
+    if not found then
+        return rule;
+    end if;
+    rule.failures := since + case when last_success is null then rule.failures else 0 end;
+    if rule.failures >= rule.breaks_after
+        and (rule.paused_at is null or coalesce(rule.resumes_at <= now(), false))
+    then
+        rule.paused_at := last_at;
+        rule.paused_by := 'circuit breaker';
+        rule.paused_why := rule.failures || ' failures in a row';
+        rule.resumes_at := last_at + rule.breaks_for;
+    end if;
+    update sqlqueue.policy
+    set failures = rule.failures,
+        paused_at = rule.paused_at,
+        paused_by = rule.paused_by,
+        paused_why = rule.paused_why,
+        resumes_at = rule.resumes_at
+    where scope = rule.scope and name = rule.name;
+    return rule;
+end
+$$;
+comment on function sqlqueue.judge is
+    'Looks at how the runs under a policy ended, and pauses it after too many failures in a row';
 
 create function sqlqueue.take(
     rule sqlqueue.policy, for_key text, rate double precision, weight double precision
@@ -312,6 +406,7 @@ begin
     select policy.* into of_queue
     from sqlqueue.policy
     where scope = 'queue' and name = admit.queue;
+    of_queue := sqlqueue.judge(of_queue);
     in_queue := sqlqueue.room_in(of_queue, null);
     soonest := in_queue.wait;
     for visit in 1..1000 loop
@@ -336,6 +431,7 @@ begin
             from sqlqueue.policy
             where scope = 'task' and name = this_task
             for update skip locked;
+            of_task := sqlqueue.judge(of_task);
             in_task := sqlqueue.room_in(of_task, null);
             if this_task <> '' and of_task.name is null then  -- another worker admits of this task
                 in_task.places := 0;
@@ -496,7 +592,7 @@ begin
         select given.*
         from jsonb_populate_record(
             null::sqlqueue.policy,
-            jsonb_build_object('keeps_order', false) || rules
+            jsonb_build_object('keeps_order', false, 'failures', 0) || rules
                 || jsonb_build_object('scope', set_policy.scope, 'name', set_policy.name)
         ) as given
         on conflict (scope, name) do update
@@ -508,8 +604,12 @@ begin
             burst_per_key = excluded.burst_per_key,
             keeps_order = excluded.keeps_order,
             ageing = excluded.ageing,
-            max_waiting = excluded.max_waiting;
+            max_waiting = excluded.max_waiting,
+            breaks_after = excluded.breaks_after,
+            breaks_for = excluded.breaks_for,
+            failures = 0;
     end if;
+    delete from sqlqueue.verdict where scope = set_policy.scope and name = set_policy.name;
     if scope = 'queue' then
         delete from sqlqueue.share where queue = set_policy.name;
         insert into sqlqueue.share (queue, key, weight)
@@ -764,6 +864,9 @@ begin
             paused_by = excluded.paused_by,
             paused_why = excluded.paused_why,
             resumes_at = excluded.resumes_at;
+        update sqlqueue.policy
+        set failures = 0, paused_at = null, paused_by = null, paused_why = null, resumes_at = null
+        where scope = 'queue' and name = pause.name and not is_paused;
     elsif scope = 'schedule' then
         update sqlqueue.schedule
         set paused_at = since,
@@ -779,7 +882,8 @@ begin
         set paused_at = excluded.paused_at,
             paused_by = excluded.paused_by,
             paused_why = excluded.paused_why,
-            resumes_at = excluded.resumes_at;
+            resumes_at = excluded.resumes_at,
+            failures = 0;
         perform sqlqueue.gate_again(scope, pause.name);
     end if;
 end
@@ -800,9 +904,9 @@ def downgrade() -> None:
             "drop function sqlqueue.pause, sqlqueue.retry, sqlqueue.take_keys, sqlqueue.is_held,"
             " sqlqueue.cancel, sqlqueue.cancel_unstarted, sqlqueue.set_policy, sqlqueue.gate_again,"
             " sqlqueue.admit, sqlqueue.take,"
-            " sqlqueue.room_in, sqlqueue.rank, sqlqueue.gate;"
+            " sqlqueue.judge, sqlqueue.room_in, sqlqueue.rank, sqlqueue.gate;"
             "drop table sqlqueue.policy, sqlqueue.share, sqlqueue.bucket, sqlqueue.turn,"
-            " sqlqueue.admitted, sqlqueue.unique_claim;"
+            " sqlqueue.admitted, sqlqueue.verdict, sqlqueue.unique_claim;"
         )
     )
 

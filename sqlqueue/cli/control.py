@@ -55,6 +55,8 @@ def resume(control: Control, queue: str) -> None:
 @option("--concurrency-per-key", type=count, help="Of these, with the same key.")
 @option("--rate", metavar="N/DURATION", type=rate, help="Jobs started in a time, such as 100/1m.")
 @option("--max-waiting", type=count, help="More than this are refused.")
+@option("--breaks-after", type=count, help="Failures in a row after which it pauses.")
+@option("--breaks-for", type=duration, help="For this long, then one job at a time is tried.")
 @option("--none", is_flag=True, help="Take all rules away.")
 @click.pass_obj
 def limit(control: Control, /, queue: str, none: bool, **given: Any) -> None:

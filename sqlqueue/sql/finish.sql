@@ -86,6 +86,16 @@ left_place as (
         where admission > 0
           and (wait is null or admission = 1 and outcome not in ('returned', 'crashed'))
     ))
+    returning job_id, scope, name
+),
+judged as (
+    insert into sqlqueue.verdict (scope, name, is_failure)
+    select left_place.scope, left_place.name, counted.outcome <> 'succeeded'
+    from left_place
+    join counted on counted.job_id = left_place.job_id
+    join sqlqueue.policy on policy.scope = left_place.scope and policy.name = left_place.name
+    where policy.breaks_after is not null
+      and counted.outcome in ('succeeded', 'failed', 'timed_out', 'crashed')
 )
 select
     count(*) = cardinality(cast(:runs as integer[])) as are_all,
