@@ -29,6 +29,7 @@ from sqlqueue.retry import Retry as Retry
 from sqlqueue.run import Run as Run
 from sqlqueue.run import current_run as current_run
 from sqlqueue.schedule import Schedule as Schedule
+from sqlqueue.store import Ended as Ended
 from sqlqueue.task import Call as Call
 from sqlqueue.task import Task as Task
 from sqlqueue.worker import Worker as Worker

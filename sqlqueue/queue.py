@@ -23,7 +23,7 @@ from sqlqueue.options import Options, check_name
 from sqlqueue.policy import Policy, Unique
 from sqlqueue.run import Run
 from sqlqueue.schedule import Schedule
-from sqlqueue.store import Executes, Store
+from sqlqueue.store import Ended, Executes, Store
 from sqlqueue.task import Call, Task
 from sqlqueue.transaction import (
     Driver,
@@ -53,6 +53,8 @@ class Queue:
 
     around_run      functions of a Run that return a context manager, entered around each run of
                     its tasks, where it runs; it sees what the task raises
+    after_run       functions of an Ended, called in a thread of the worker when it has been
+                    recorded how a run ended: failures that are retried and crashes as well
     before_enqueue  functions that take each Call made and return it, or another
     cipher          what arguments and results are stored through, see Plain
 
@@ -69,6 +71,7 @@ class Queue:
         self.tasks: dict[str, Task[..., Any]] = {}
         self.options = Options().changed(options)
         self.around_run: list[Callable[[Run], AbstractContextManager[Any]]] = []
+        self.after_run: list[Callable[[Ended], object]] = []
         self.before_enqueue: list[Callable[[Call], Call]] = []
         self.cipher: Any = Plain()
         self._schedules: dict[str, tuple[Callable[[], Call], Schedule]] = {}

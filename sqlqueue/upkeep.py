@@ -47,8 +47,10 @@ class Upkeep:
         wait = min(self._promote(), LOOK_EVERY)
         if self._rescues.begin():
             with self.link.begin(self._ttl) as conn:
-                for one in self._store.rescue(conn, BATCH):
-                    log.warning("job %s: run %d crashed: %s", one.job_id, one.run, one.error)
+                crashed = self._store.rescue(conn, BATCH)
+            self._worker.tell(crashed)
+            for one in crashed:
+                log.warning("job %s: run %d crashed: %s", one.job_id, one.run, one.error)
             self._rescues.end()
         if self._tidies.begin():
             with self.link.begin(self._ttl) as conn:

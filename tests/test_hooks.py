@@ -1,8 +1,10 @@
 """What an application hangs around enqueuing and running; traces that go on in a run."""
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from queue import SimpleQueue
 from typing import Any
 
 import pytest
@@ -10,11 +12,14 @@ from opentelemetry import trace
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from sqlalchemy import text
 from sqlalchemy.orm import Session
 
 from sqlqueue import Queue, Retry, Run, current_run
 from sqlqueue.integrations.otel import instrument
-from tests.harness import work
+from sqlqueue.store import Ended, Lane
+from tests.harness import POLLING, value, work
+from tests.test_store import hire
 
 ONCE = Retry(attempts=1)
 SECOND = timedelta(seconds=1)
@@ -73,6 +78,51 @@ def test_a_hook_that_fails_is_a_failure_of_the_run(queue) -> None:
     work(queue)
 
     assert job.refresh().error_type == "ArithmeticError"
+
+
+def test_a_hook_is_told_of_each_end_that_was_recorded(queue, engine) -> None:
+    told: list[tuple[Any, ...]] = []
+    waiting = threading.Semaphore(0)
+
+    def tell(ended: Ended) -> None:
+        state = value(engine, "select outcome from sqlqueue.run where run = :run", run=ended.run)
+        told.append((ended.job_id, ended.run, ended.outcome, ended.wait is not None, state))
+        waiting.release()
+
+    queue.after_run += [broken, tell]
+
+    @queue.task(name="t", retry=Retry(attempts=2, waits=[timedelta(0)]))
+    def fails_once() -> None:
+        if current_run().number == 1:
+            raise KeyError
+
+    job = str(fails_once.enqueue().id)
+    work(queue)
+
+    assert waiting.acquire(timeout=10)
+    assert waiting.acquire(timeout=10)
+    assert told == [
+        (job, 1, "failed", True, "failed"), (job, 2, "succeeded", False, "succeeded"),
+    ]  # fmt: skip
+
+
+def broken(ended: Ended) -> None:
+    raise ArithmeticError("hook")
+
+
+def test_a_hook_is_told_of_the_crashes_that_a_worker_finds(queue, engine) -> None:
+    told: SimpleQueue[Ended] = SimpleQueue()
+    queue.after_run.append(told.put)
+    job = queue.task(name="t")(lambda: None).enqueue()
+    with engine.begin() as conn:
+        dead = hire(conn, queue.store, timedelta(seconds=1))
+        queue.store.claim(conn, Lane("default", 0), 0, 1, dead)
+        conn.execute(text("update sqlqueue.worker set heartbeat_at = now() - interval '1 min'"))
+
+    with queue.worker(**POLLING):
+        crash, end = (told.get(timeout=10) for _ in range(2))
+
+    assert (crash.job_id, crash.outcome, end.outcome) == (str(job.id), "crashed", "succeeded")
 
 
 def test_a_hook_changes_what_is_enqueued(queue, engine) -> None:

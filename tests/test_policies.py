@@ -495,6 +495,16 @@ def test_many_failures_at_once_break_the_circuit_once(desk) -> None:
     assert after.resumes_at == before.resumes_at
 
 
+def test_a_success_among_failures_that_are_looked_at_together_counts(desk) -> None:
+    desk.rule(BREAKS)
+    desk.add(count=30)
+    desk.start(4)
+    for row, outcome in zip(desk.rows, ["failed", "failed", "succeeded", "failed"], strict=True):
+        desk.end(row, outcome=outcome)
+
+    assert not has_broken(desk)
+
+
 def test_whoever_resumes_a_queue_closes_its_circuit(desk) -> None:
     desk.rule(BREAKS)
     desk.add(count=30)

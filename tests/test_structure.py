@@ -31,7 +31,7 @@ LAYERS = ("words", "store", "engine", "edge")
 PLACES = {"ready", "waiting", "scheduled", "lease", "run"}
 
 PUBLIC = [
-    "BadArguments", "Call", "Cancel", "DuplicateJob", "IdOutOfRange", "Job", "JobFailed",
+    "BadArguments", "Call", "Cancel", "DuplicateJob", "Ended", "IdOutOfRange", "Job", "JobFailed",
     "JobNotFound", "LeaseLost", "NotEnded", "NotRepresentable", "Options", "Policy", "Queue",
     "QueueFull", "Rate", "Retry", "RetryIn", "Run", "Schedule", "SchemaMismatch", "Snooze",
     "SqlqueueError", "Task", "Unique", "UniqueKeyBusy", "UnsupportedTransaction", "Worker",
