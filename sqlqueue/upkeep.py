@@ -69,7 +69,6 @@ class Upkeep:
         if not self._has_declared:
             known = self._worker.queue.declared
             self._store.set_schedules(conn, known, sorted(self._worker.queue.tasks))
-            self._has_declared = True
         for row in self._store.due_schedules(conn):
             instants, next_at, problem = due(row)
             if problem:
@@ -91,4 +90,5 @@ class Upkeep:
         with self.link.begin(self._ttl) as conn:
             self._fire(conn)
             wait = self._store.next_due(conn)
+        self._has_declared = True
         return LOOK_EVERY if wait is None else max(wait.total_seconds(), 0.0)
