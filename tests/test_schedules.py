@@ -354,3 +354,19 @@ def test_a_full_queue_costs_a_schedule_one_job_and_no_more(queue, engine) -> Non
 
     assert value(engine, "select sqlqueue.run_schedule('daily')") is None
     assert value(engine, "select count(*) from sqlqueue.tick where job_id is null") == 1
+
+
+def test_instants_of_long_ago_are_forgotten(queue, engine) -> None:
+    greet = queue.task(name="greet")(lambda: None)
+    queue.set_schedule("yearly", greet.s(), Schedule(cron="@yearly"))
+    make_due(engine)
+    rows(
+        engine,
+        "insert into sqlqueue.tick (schedule, at)"
+        " select schedule, now() - interval '401 days'"
+        " from unnest(array['yearly', 'other']) as schedule",
+    )
+    work(queue)
+
+    assert [row[0] for row in fired(engine)] == ["other", "yearly"]
+    assert value(engine, "select count(job_id) from sqlqueue.tick") == 1

@@ -273,3 +273,19 @@ def test_a_unique_key_has_one_unended_job(queue, engine, migrated_url) -> None:
     assert seen == []
     assert len(ended) > 1
     assert value(engine, "select count(*) from sqlqueue.job") >= len(ended)
+
+
+def test_a_key_that_nobody_has_taken_for_long_is_forgotten_unless_it_is_held(queue, engine) -> None:
+    greet = greeter(queue, Unique())
+    for name in "ab":
+        greet.enqueue(name)
+    work(queue)
+    held = greet.enqueue("c")
+    rows(engine, "update sqlqueue.unique_claim set taken_at = now() - interval '31 days'")
+    again = greet.enqueue("b")
+
+    with engine.begin() as conn:
+        assert "forgot 1 unique keys" in queue.store.tidy(conn)
+
+    kept = {row[0] for row in rows(engine, "select job_id from sqlqueue.unique_claim")}
+    assert kept == {held.id, again.id}

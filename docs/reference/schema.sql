@@ -599,6 +599,7 @@ create table sqlqueue.unique_claim (
     ends_at_start boolean not null,
     primary key (key)
 );
+create index unique_claim_age on sqlqueue.unique_claim (taken_at);
 comment on table sqlqueue.unique_claim
     is 'Which job holds a unique key: until it ends, whoever looks finds out whether it has';
 comment on column sqlqueue.unique_claim.key

@@ -168,6 +168,7 @@ create table sqlqueue.unique_claim (
     ends_at_start boolean not null,
     primary key (key)
 );
+create index unique_claim_age on sqlqueue.unique_claim (taken_at);
 comment on table sqlqueue.unique_claim
     is 'Which job holds a unique key: until it ends, whoever looks finds out whether it has';
 comment on column sqlqueue.unique_claim.key
@@ -794,6 +795,28 @@ $$;
 comment on function sqlqueue.take_keys is
     'Takes unique keys for jobs; returns the holder of each, null if a stranger is taking one';
 
+create function sqlqueue.forget_keys() returns setof text
+language sql volatile
+set enable_seqscan = off
+as $$
+    with forgotten as (
+        delete from sqlqueue.unique_claim
+        where key in (
+            select key
+            from sqlqueue.unique_claim
+            where taken_at < now() - (select retention from sqlqueue.setting)
+              and not sqlqueue.is_held(unique_claim)
+            order by taken_at
+            limit 10000
+            for update skip locked
+        )
+        returning key
+    )
+    select 'forgot ' || count(*) || ' unique keys' from forgotten having count(*) > 0
+$$;
+comment on function sqlqueue.forget_keys is
+    'Removes unique keys that nobody holds and nobody has taken for as long as history is kept';
+
 create function sqlqueue.retry(job_id uuid) returns boolean
 language plpgsql volatile
 set enable_seqscan = off
@@ -901,7 +924,8 @@ def upgrade() -> None:
 def downgrade() -> None:
     op.execute(
         in_schema(
-            "drop function sqlqueue.pause, sqlqueue.retry, sqlqueue.take_keys, sqlqueue.is_held,"
+            "drop function sqlqueue.pause, sqlqueue.retry, sqlqueue.forget_keys,"
+            " sqlqueue.take_keys, sqlqueue.is_held,"
             " sqlqueue.cancel, sqlqueue.cancel_unstarted, sqlqueue.set_policy, sqlqueue.gate_again,"
             " sqlqueue.admit, sqlqueue.take,"
             " sqlqueue.judge, sqlqueue.room_in, sqlqueue.rank, sqlqueue.gate;"

@@ -151,6 +151,8 @@ begin
         last_at = coalesce(instants[cardinality(instants)], last_at),
         problem = fire.problem
     where name = fire.name;
+    delete from sqlqueue.tick
+    where schedule = fire.name and at < now() - interval '400 days';
     return fired;
 end
 $$;
