@@ -29,10 +29,10 @@ from sqlalchemy import Connection, text
 from sqlalchemy.orm import Session
 
 from sqlqueue import Queue, Retry, WorkerOptions, current_run, migrate
+from sqlqueue.cli.supervisor import Supervisor
 from sqlqueue.embedded import Server
 from sqlqueue.process import SPAWN, die_with_parent
 from sqlqueue.reports import autocommit
-from sqlqueue.supervisor import Supervisor
 
 # The application: a library that counts the words of its documents.
 

@@ -18,8 +18,8 @@ from sqlalchemy import text
 from sqlalchemy.orm import Session
 
 from sqlqueue import Queue, Retry, WorkerOptions, current_run
+from sqlqueue.cli.supervisor import Supervisor
 from sqlqueue.store import Store
-from sqlqueue.supervisor import Supervisor
 
 queue = Queue(os.environ["SQLQUEUE_TEST_APP"])
 NOTE = text("insert into effect (key, run, pid) values (:key, :run, :pid)")

@@ -22,12 +22,12 @@ import psycopg
 from sqlalchemy import make_url
 
 from sqlqueue.bench import tasks
+from sqlqueue.cli.supervisor import SWITCH_EVERY
 from sqlqueue.literal import new_id
 from sqlqueue.options import Options
 from sqlqueue.process import die_with_parent
 from sqlqueue.queue import Queue
 from sqlqueue.store import Store, statement
-from sqlqueue.supervisor import SWITCH_EVERY
 
 Pipe: TypeAlias = "Connection[Any, Any]"
 BATCH = 500  # jobs that a bare loop claims and finishes at a time

@@ -27,6 +27,7 @@ from sqlalchemy.orm import Session
 from sqlqueue import __version__
 from sqlqueue.cli.control import queues, schedules
 from sqlqueue.cli.jobs import jobs
+from sqlqueue.cli.supervisor import Supervisor
 from sqlqueue.cli.words import (
     CONTEXT,
     FAILED,
@@ -57,7 +58,6 @@ from sqlqueue.migrate import config as alembic_config
 from sqlqueue.migrate import migrate as move_to
 from sqlqueue.queue import Queue
 from sqlqueue.reports import Control, misuse
-from sqlqueue.supervisor import Supervisor
 from sqlqueue.task import Task
 from sqlqueue.worker import WorkerOptions
 
