@@ -4,12 +4,17 @@ import json
 import math
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import msgspec
 
 LONGEST = timedelta(days=36500)  # that a wait, delay or timeout may be
-ErrorClass = type[BaseException] | str
+if TYPE_CHECKING:
+    ErrorClass = type[BaseException] | str
+else:
+    ErrorClass = str  # as it is read from the row
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,46 +58,23 @@ class Retry:
 
         The number of attempts is not in it: it has a column of its own.
         """
-        stored = self._stored()
+        stored = _plain(replace(self, by_error={}, attempts=Retry.attempts))
+        stored = {name: value for name, value in stored.items() if value != USUAL[name]}
+        if self.by_error:  # as pairs: in a JSON object of Postgres they would lose their order
+            pairs = [(class_name(one), _plain(policy)) for one, policy in self.by_error.items()]
+            stored["by_error"] = pairs
         return json.dumps(stored) if stored else None
-
-    def _stored(self) -> dict[str, Any]:
-        stored: dict[str, Any] = {}
-        if (self.base, self.limit) != (Retry.base, Retry.limit):
-            stored |= {"base": self.base.total_seconds(), "limit": self.limit.total_seconds()}
-        if self.waits:
-            stored["waits"] = [wait.total_seconds() for wait in self.waits]
-        if self.give_up_on:
-            stored["give_up_on"] = [class_name(one) for one in self.give_up_on]
-        if self.by_error:
-            stored["by_error"] = [
-                [class_name(one), policy.attempts, policy._stored()]
-                for one, policy in self.by_error.items()
-            ]
-        if self.decide:
-            stored["decide"] = True
-        return stored
 
     @classmethod
     def from_json(cls, attempts: int, text: str | None, declared: "Retry | None" = None) -> "Retry":
-        """Read the policy from the job's row; `declared` is the task's own, for its `decide`."""
-        return cls._restored(attempts, json.loads(text) if text else {}, declared)
+        """Read the policy from the job's row; `declared` is the task's own, for its `decide`.
 
-    @classmethod
-    def _restored(
-        cls, attempts: int, stored: dict[str, object], declared: "Retry | None"
-    ) -> "Retry":
-        waits: list[float] = stored.get("waits", [])  # type: ignore[assignment]
-        by_error: list[tuple[str, int, dict[str, object]]] = stored.get("by_error", [])  # type: ignore[assignment]
-        return cls(
-            attempts=attempts,
-            base=timedelta(seconds=float(str(stored.get("base", Retry.base.total_seconds())))),
-            limit=timedelta(seconds=float(str(stored.get("limit", Retry.limit.total_seconds())))),
-            waits=[timedelta(seconds=wait) for wait in waits],
-            give_up_on=stored.get("give_up_on", ()),  # type: ignore[arg-type]
-            by_error={one: cls._restored(n, policy, None) for one, n, policy in by_error},
-            decide=declared.decide if declared and stored.get("decide") else None,
-        )
+        Raises ValueError for what is no policy.
+        """
+        stored = json.loads(text) if text else {}
+        stored |= {"attempts": attempts, "by_error": dict(stored.get("by_error", ()))}
+        decide = declared.decide if stored.pop("decide", None) and declared else None
+        return replace(msgspec.convert(stored, cls, strict=False), decide=decide)
 
     def wait(
         self, error: BaseException, failures: int, rng: random.Random | None = None
@@ -132,6 +114,15 @@ class Retry:
         else:
             ceiling = self.base * 2**doublings
         return ceiling * rng.random()
+
+
+def _plain(policy: Retry) -> Any:
+    """Write a policy as JSON has it: classes by name, times as in ISO 8601, `decide` as true."""
+    names = [class_name(one) for one in policy.give_up_on]
+    return msgspec.to_builtins(replace(policy, give_up_on=names), enc_hook=lambda _: True)
+
+
+USUAL = _plain(Retry())
 
 
 def class_name(one: ErrorClass) -> str:

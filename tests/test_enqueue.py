@@ -568,7 +568,7 @@ def test_every_option_is_stored_with_the_job(queue, engine) -> None:
         "expires_at": ends,
         "timeout": timedelta(seconds=1.5),
         "attempts": 4,
-        "retry": {"waits": [9]},
+        "retry": {"waits": ["PT9S"]},
         "max_crashes": 1,
         "executor": "process",
         "keep": False,

@@ -186,7 +186,7 @@ def test_a_policy_read_from_the_row_decides_the_same(policy, error, failures, se
 def test_the_usual_policy_takes_no_room_in_the_row() -> None:
     assert Retry().to_json() is None
     assert Retry(attempts=3).to_json() is None
-    assert Retry.from_json(3, None) == Retry(attempts=3, waits=[])
+    assert Retry.from_json(3, None) == Retry(attempts=3)
 
 
 def test_a_function_that_decides_is_asked_of_the_task() -> None:
