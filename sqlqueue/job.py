@@ -104,14 +104,12 @@ class Job(Generic[R]):
 
         A job that is ready or scheduled ends at once. A running one is told; it ends as
         cancelled unless it succeeds first. The request is durable, and committed before the
-        job is looked for, so that a job which moves meanwhile is not missed.
+        job is looked for again, so that a job which moves meanwhile is not missed.
         """
-        job_id, store = str(self.id), self._queue.store
+        job_id, cancel = str(self.id), self._queue.store.cancel
         with self._queue.autocommit() as conn:
-            store.request_cancel(conn, job_id, reason)
-            if store.cancel(conn, job_id, reason) or store.cancel(conn, job_id, reason):
-                return True
-            store.ring_cancel(conn, job_id)
+            if not cancel(conn, job_id, reason):
+                cancel(conn, job_id, reason)
         return not self.refresh().has_ended or self.state == "cancelled"
 
     def retry(self) -> bool:

@@ -116,9 +116,7 @@ class Store:
     arm         queues, worker, patience: hangs its bell at those of the queues that have none
     disarm      queues, worker: takes its bells away
     pass_on     queue, priority: wakes every idle worker of the queue
-    request_cancel  job id, reason: to be committed before looking for the job
-    cancel      job id, reason -> whether it was scheduled or ready, and has ended
-    ring_cancel     job id -> whether it is running; tells its worker
+    cancel      job id, reason -> whether it has ended by this, or runs and was told
     retry       job id -> whether it had failed or was cancelled, and is ready again
     job         job id -> its row in the view `jobs`, with traceback; None without one
     unknown_since   job id -> seconds that it waits for a worker that knows its task
@@ -152,9 +150,7 @@ class Store:
     arm = Statement(list, "queues", "worker", "patience")
     disarm = Statement(list, "queues", "worker")
     pass_on = Statement(list, "queue", "priority")
-    request_cancel = Statement(bool, "job_id", "reason")
     cancel = Statement(_first, "job_id", "reason")
-    ring_cancel = Statement(bool, "job_id")
     retry = Statement(_first, "job_id")
     job = Statement(lambda rows: rows[0] if rows else None, "job_id")
     unknown_since = Statement(_first, "job_id")

@@ -221,8 +221,6 @@ VERBS: dict[str, Callable[[Store, Executes, int], object]] = ASKED | {
     "register": lambda store, conn, worker: store.register(
         conn, MAYBE, 1, 1, "h", "n", "0", [], []
     ),
-    "request_cancel": lambda store, conn, worker: store.request_cancel(conn, "", ""),
-    "ring_cancel": lambda store, conn, worker: store.ring_cancel(conn, ""),
     "tidy": lambda store, conn, worker: store.tidy(conn),
     "unregister": lambda store, conn, worker: store.unregister(conn, worker),
     "unknown_since": lambda store, conn, worker: store.unknown_since(conn, ""),

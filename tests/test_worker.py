@@ -25,6 +25,7 @@ from sqlqueue import (
 )
 from sqlqueue.lanes import Lanes
 from tests.harness import CLOCKS, POLLING, SOON, load_app, outcomes, rows, value, wait_until
+from tests.test_store import request_cancel
 
 MOMENT = timedelta(milliseconds=20)
 MINUTE = timedelta(minutes=1)
@@ -523,7 +524,7 @@ def test_a_cancel_request_is_found_by_a_beat_when_its_notification_is_lost(queue
         job = patient.enqueue()
         assert started.wait(10)
         with queue.autocommit() as conn:
-            store.request_cancel(conn, str(job.id), "quietly")
+            request_cancel(conn, str(job.id), "quietly")
         wait_until(lambda: job.refresh().has_ended, within=2)  # beats are 0.5 s apart
 
     assert job.state == "cancelled"
