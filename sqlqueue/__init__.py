@@ -19,7 +19,6 @@ from sqlqueue.errors import SqlqueueError as SqlqueueError
 from sqlqueue.errors import UniqueKeyBusy as UniqueKeyBusy
 from sqlqueue.errors import UnsupportedTransaction as UnsupportedTransaction
 from sqlqueue.job import Job as Job
-from sqlqueue.migrate import migrate as migrate
 from sqlqueue.options import Options as Options
 from sqlqueue.policy import Policy as Policy
 from sqlqueue.policy import Rate as Rate

@@ -28,9 +28,10 @@ from rich.table import Table
 from sqlalchemy import Connection, text
 from sqlalchemy.orm import Session
 
-from sqlqueue import Queue, Retry, WorkerOptions, current_run, migrate
+from sqlqueue import Queue, Retry, WorkerOptions, current_run
 from sqlqueue.cli.supervisor import Supervisor
 from sqlqueue.embedded import Server
+from sqlqueue.integrations.alembic import migrate
 from sqlqueue.process import SPAWN, die_with_parent
 from sqlqueue.reports import autocommit
 

@@ -11,7 +11,7 @@ import pytest
 from sqlalchemy import create_engine, make_url, text
 
 from sqlqueue.embedded import Server
-from sqlqueue.migrate import migrate
+from sqlqueue.integrations.alembic import migrate
 from sqlqueue.queue import Queue
 from sqlqueue.testing import clean
 

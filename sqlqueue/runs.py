@@ -6,6 +6,7 @@ Only the turn's thread adds and removes runs; any thread may say that one is ove
 import logging
 from collections import deque
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from time import monotonic
 from typing import TYPE_CHECKING, Any
@@ -54,6 +55,7 @@ class Runs:
         self._over: deque[End] = deque()
         self.next_check = NEVER
         self._must_check = False
+        self._hooks = ThreadPoolExecutor(1, "sqlqueue hooks")
 
     def launch(self, rows: Iterable[Any]) -> None:
         """Hold claimed jobs and hand them to the executors of their tasks."""
@@ -193,6 +195,18 @@ class Runs:
         self.hand_back()
         self.withdraw()
         self.held.clear()
+
+    def tell(self, ended: Iterable[Ended]) -> None:
+        """Have the hooks of the application told how runs ended."""
+        for one in ended if self._queue.after_run else ():
+            self._hooks.submit(self._tell, one)
+
+    def _tell(self, ended: Ended) -> None:
+        for hook in self._queue.after_run:
+            try:
+                hook(ended)
+            except Exception:
+                log.exception("job %s: a hook of its run %d failed", ended.job_id, ended.run)
 
     def stop(self) -> None:
         """End the executors."""

@@ -48,7 +48,7 @@ class Upkeep:
         if self._rescues.begin():
             with self.link.begin(self._ttl) as conn:
                 crashed = self._store.rescue(conn, BATCH)
-            self._worker.tell(crashed)
+            self._worker.runs.tell(crashed)
             for one in crashed:
                 log.warning("job %s: run %d crashed: %s", one.job_id, one.run, one.error)
             self._rescues.end()

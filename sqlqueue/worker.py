@@ -9,7 +9,6 @@ import os
 import socket
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -115,7 +114,6 @@ class Worker:
         self._is_fenced = False
         self._sees_suspects = False
         self._threads: list[threading.Thread] = []
-        self._hooks = ThreadPoolExecutor(1, "sqlqueue hooks")
 
     # Life
 
@@ -205,18 +203,6 @@ class Worker:
             self.lanes.add(lane)
         self._bell.look()
         self.wake()
-
-    def tell(self, ended: Iterable[Ended]) -> None:
-        """Have the hooks of the application told how runs ended."""
-        for one in ended if self.queue.after_run else ():
-            self._hooks.submit(self._tell, one)
-
-    def _tell(self, ended: Ended) -> None:
-        for hook in self.queue.after_run:
-            try:
-                hook(ended)
-            except Exception:
-                log.exception("job %s: a hook of its run %d failed", ended.job_id, ended.run)
 
     def fence(self, why: str) -> None:
         """Drop everything and register anew: others may hold our jobs, or soon will."""
@@ -335,7 +321,7 @@ class Worker:
                     self.upkeep.wake()
                 if says_all or one.outcome != "succeeded":
                     self._report(one)
-        self.tell(one for _, one in ended if one and one.job_id in finished)
+        self.runs.tell(one for _, one in ended if one and one.job_id in finished)
         if rans:
             mean = sum(rans) / len(rans)
             self._usual = 0.7 * self._usual + 0.3 * mean if self._usual else mean

@@ -12,8 +12,9 @@ from collections.abc import Iterator
 import pytest
 from sqlalchemy import Connection, Engine, create_engine, make_url, text
 
-from sqlqueue import Queue, migrate
+from sqlqueue import Queue
 from sqlqueue.embedded import Server
+from sqlqueue.integrations.alembic import migrate
 from sqlqueue.store import Store
 
 # Who is started in the background ignores these, and so would all that tests start and interrupt.

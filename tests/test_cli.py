@@ -20,10 +20,11 @@ import pytest
 from click.testing import CliRunner, Result
 from sqlalchemy import Engine, create_engine, make_url, text
 
-from sqlqueue import Job, Queue, Schedule, migrate
+from sqlqueue import Job, Queue, Schedule
 from sqlqueue.cli import main
 from sqlqueue.cli.words import duration, rate, size
 from sqlqueue.cli.words import time as instant
+from sqlqueue.integrations.alembic import migrate
 from tests.harness import wait_until
 
 ROOT = Path(__file__).parent.parent

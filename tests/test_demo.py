@@ -16,7 +16,8 @@ import pytest
 from sqlalchemy import Connection, Engine, create_engine, text
 from sqlalchemy.orm import Session
 
-from sqlqueue import Queue, Task, demo, migrate
+from sqlqueue import Queue, Task, demo
+from sqlqueue.integrations.alembic import migrate
 from sqlqueue.store import Lane
 from tests.harness import ROOT, rows, wait_until
 

@@ -20,7 +20,8 @@ from types import ModuleType
 import pytest
 from sqlalchemy import Engine, create_engine
 
-from sqlqueue import Queue, Retry, migrate
+from sqlqueue import Queue, Retry
+from sqlqueue.integrations.alembic import migrate
 from tests.harness import wait_until
 
 ROOT = Path(__file__).parent.parent

@@ -12,7 +12,8 @@ import psycopg
 import pytest
 from sqlalchemy import Connection, Engine, create_engine, text
 
-from sqlqueue import Options, migrate
+from sqlqueue import Options
+from sqlqueue.integrations.alembic import migrate
 from sqlqueue.literal import new_id
 from sqlqueue.store import Ended, Executes, Lane, Store, statement
 from tests.test_store import hire

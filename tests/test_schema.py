@@ -15,7 +15,8 @@ import pytest
 from sqlalchemy import Engine, create_engine, make_url, text
 from sqlalchemy.exc import OperationalError
 
-from sqlqueue import Queue, migrate, store
+from sqlqueue import Queue, store
+from sqlqueue.integrations.alembic import migrate
 
 ROOT = Path(__file__).parent.parent
 SCHEMA = (ROOT / "docs/reference/schema.sql").read_text("utf-8")
@@ -297,7 +298,8 @@ def test_the_wheel_migrates(database, tmp_path) -> None:
 
     program = (
         "import sys; from sqlalchemy import create_engine; import sqlqueue;"
-        " engine = create_engine(sys.argv[1]); sqlqueue.migrate(engine);"
+        "from sqlqueue.integrations.alembic import migrate;"
+        " engine = create_engine(sys.argv[1]); migrate(engine);"
         " print(sqlqueue.Queue(engine).send('greet').state, sqlqueue.__file__)"
     )
     said = run(python, "-c", program, url_of(database), cwd=tmp_path)

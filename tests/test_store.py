@@ -16,7 +16,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sqlalchemy import Connection, Engine, create_engine, text
 
-from sqlqueue import Job, Options, Queue, migrate
+from sqlqueue import Job, Options, Queue
+from sqlqueue.integrations.alembic import migrate
 from sqlqueue.literal import array, new_id
 from sqlqueue.store import Ended, Executes, Lane, Store
 from tests.harness import wait_until

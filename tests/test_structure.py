@@ -35,7 +35,7 @@ PUBLIC = [
     "JobNotFound", "LeaseLost", "NotEnded", "NotRepresentable", "Options", "Policy", "Queue",
     "QueueFull", "Rate", "Retry", "RetryIn", "Run", "Schedule", "SchemaMismatch", "Snooze",
     "SqlqueueError", "Task", "Unique", "UniqueKeyBusy", "UnsupportedTransaction", "Worker",
-    "WorkerOptions", "current_run", "migrate",
+    "WorkerOptions", "current_run",
 ]  # fmt: skip
 
 

@@ -14,8 +14,9 @@ import pytest
 from sqlalchemy import URL, Engine, create_engine, make_url, text
 from sqlalchemy.exc import NotSupportedError
 
-from sqlqueue import Job, Queue, Task, migrate
+from sqlqueue import Job, Queue, Task
 from sqlqueue.embedded import Server
+from sqlqueue.integrations.alembic import migrate
 from tests.harness import CLOCKS, SOON, rows, value, wait_until
 
 POLL = timedelta(seconds=1)

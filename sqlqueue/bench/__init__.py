@@ -19,7 +19,7 @@ from sqlqueue.bench.crew import PLAIN, connect
 from sqlqueue.bench.figure import Figure
 from sqlqueue.bench.measures import FULL, QUICK, Scale
 from sqlqueue.embedded import Server
-from sqlqueue.migrate import migrate
+from sqlqueue.integrations.alembic import migrate
 
 Measure = Callable[[str, Scale], Iterator[Figure]]
 MEASURES: dict[str, Measure] = {

@@ -53,9 +53,9 @@ from sqlqueue.cli.words import (
     yes_option,
 )
 from sqlqueue.codec import encode_call, encode_value
-from sqlqueue.migrate import LOCK_TIMEOUT, check, current, goes_down, head
-from sqlqueue.migrate import config as alembic_config
-from sqlqueue.migrate import migrate as move_to
+from sqlqueue.integrations.alembic import LOCK_TIMEOUT, check, current, goes_down, head
+from sqlqueue.integrations.alembic import config as alembic_config
+from sqlqueue.integrations.alembic import migrate as move_to
 from sqlqueue.queue import Queue
 from sqlqueue.reports import Control, misuse
 from sqlqueue.task import Task

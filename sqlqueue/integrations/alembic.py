@@ -17,8 +17,9 @@ LOCK_TIMEOUT = timedelta(seconds=2)
 
 def folder() -> Path:
     """Return the migrations: inside an installed package, beside it in the repository."""
-    inside = Path(__file__).parent / "migrations"
-    return inside if inside.is_dir() else Path(__file__).parent.parent / "migrations"
+    package = Path(__file__).parent.parent
+    inside = package / "migrations"
+    return inside if inside.is_dir() else package.parent / "migrations"
 
 
 def config(schema: str, lock_timeout: timedelta = LOCK_TIMEOUT) -> Config:
