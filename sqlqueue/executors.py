@@ -13,6 +13,7 @@ from queue import Empty, SimpleQueue
 from time import monotonic
 from typing import Any, Protocol
 
+from sqlqueue.batches import Batch
 from sqlqueue.run import Run, has_traces
 from sqlqueue.store import Ended
 
@@ -24,8 +25,8 @@ Done = Callable[[Run, Ended | None], None]
 class Executor(Protocol):
     """What the worker asks of an executor; all may be called from any thread."""
 
-    def submit(self, runs: Sequence[Run]) -> None:
-        """Take runs to be started, in order, as slots become free."""
+    def submit(self, runs: Sequence[Any]) -> None:
+        """Take runs, or batches of runs, to be started in order as slots become free."""
 
     def withdraw(self) -> list[Run]:
         """Give back the runs that have not been started."""
@@ -62,7 +63,7 @@ class LoopExecutor:
         self._thread = threading.Thread(target=loop.run_forever, name="sqlqueue loop", daemon=True)
         self._thread.start()
 
-    def submit(self, runs: Sequence[Run]) -> None:
+    def submit(self, runs: Sequence[Any]) -> None:
         for run in runs:
             self._waiting.put(run)
         self._loop.call_soon_threadsafe(self._fill)
@@ -144,7 +145,7 @@ class ThreadExecutor:
             self._threads.append(thread)
             thread.start()
 
-    def submit(self, runs: Sequence[Run]) -> None:
+    def submit(self, runs: Sequence[Any]) -> None:
         for run in runs:
             self._waiting.put(run)
 
@@ -176,7 +177,8 @@ def _taken_from(waiting: SimpleQueue[Any]) -> list[Run]:
     taken: list[Run] = []
     with suppress(Empty):
         while True:
-            taken.append(waiting.get_nowait())
+            one = waiting.get_nowait()
+            taken += one.runs if isinstance(one, Batch) else [one]
     return taken
 
 

@@ -6,10 +6,10 @@ own: they are seen while the job runs, and outlive the rollback of its run.
 
 import json
 import logging
-import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from time import monotonic
 from typing import Any, NamedTuple
 
 import psycopg
@@ -25,7 +25,7 @@ FORMAT = logging.Formatter()
 
 
 class Line(NamedTuple):
-    """A row of the table `log`, but for `at`: the time.time() at which it was said."""
+    """A row of the table `log`, but for `at`: when it was said, by the monotonic clock."""
 
     job_id: str
     run: int
@@ -61,7 +61,7 @@ class Said:
         """
         lines = [self._lines.popleft() for _ in range(len(self._lines))]
         latest = [self._progress.pop(key) for key in list(self._progress)]
-        now = time.time()
+        now = monotonic()
         rows = [{**line._asdict(), "age": now - line.at} for line in lines + latest]
         try:
             yield json.dumps(rows) if rows else None
@@ -83,7 +83,7 @@ class Notes:
 
     def progress(self, percent: float, note: str | None) -> None:
         """Say how far the run is."""
-        self._say(time.time(), "PROGRESS", message=note and storable(note), progress=percent)
+        self._say("PROGRESS", message=note and storable(note), progress=percent)
 
     def record(self, record: logging.LogRecord) -> None:
         """Keep a record, unless there are too many."""
@@ -98,15 +98,15 @@ class Notes:
         source = f"{record.filename}:{record.lineno}"
         added = [one for one in vars(record).items() if one[0] not in USUAL]
         fields = {storable(name): storable(str(value)) for name, value in added} or None
-        self._say(record.created, record.levelname, record.name, source, text, fields)
+        self._say(record.levelname, record.name, source, text, fields)
 
     def close(self) -> None:
         """Say how many records were not kept."""
         if self._dropped:
             told = f"{self._dropped} more records were not kept"
-            self._say(time.time(), "WARNING", message=told)
+            self._say("WARNING", message=told)
             self._dropped = 0
 
-    def _say(self, at: float, level: str, *what: Any, **more: Any) -> None:
+    def _say(self, level: str, *what: Any, **more: Any) -> None:
         self._seq += 1
-        self._add(Line(*self._key, self._seq, at, level, *what, **more))
+        self._add(Line(*self._key, self._seq, monotonic(), level, *what, **more))

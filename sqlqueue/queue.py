@@ -20,7 +20,7 @@ from sqlqueue.errors import DuplicateJob, QueueFull, UniqueKeyBusy
 from sqlqueue.job import Job
 from sqlqueue.literal import new_id
 from sqlqueue.options import Options, check_name
-from sqlqueue.policy import Policy, Unique
+from sqlqueue.policy import Batching, Policy, Unique
 from sqlqueue.run import Run
 from sqlqueue.schedule import Schedule
 from sqlqueue.store import Ended, Executes, Store
@@ -97,6 +97,7 @@ class Queue:
         *,
         name: str | None = None,
         transactional: bool = False,
+        batching: Batching | None = None,
         **options: Any,
     ) -> Any:
         """Register a function as a task, named `module.function` unless a name is given.
@@ -108,13 +109,34 @@ class Queue:
         """
 
         def register(function: Callable[..., Any]) -> Task[..., Any]:
-            task = Task(self, function, name, self.options.changed(options), transactional)
+            changed = self.options.changed(options)
+            task = Task(self, function, name, changed, transactional, batching)
             if task.name in self.tasks:
                 raise ValueError(f"task {task.name} is registered already: give it a name")
             self.tasks[task.name] = task
             return task
 
         return register(function) if function else register
+
+    def batch_task(
+        self,
+        *,
+        size: int = 100,
+        wait: timedelta = timedelta(milliseconds=50),
+        **options: Any,
+    ) -> Callable[[Callable[..., R]], Task[..., R]]:
+        """Register a function that serves many jobs in one call.
+
+        Its parameters are annotated as lists; a job is enqueued with an item for each. A worker
+        collects jobs until there are `size`, or as many as it has slots, or until `wait` has
+        passed. The function returns a list with an answer for each job, in order: its result, or
+        the exception with which it fails. What it raises is how all of them end.
+
+        Raises what `task` does, and BadArguments for parameters with defaults.
+        """
+
+        register: Any = self.task
+        return register(batching=Batching(size, wait), **options)  # type: ignore[no-any-return]
 
     def using(
         self, transaction: Transaction | None = None, *, id: UUID | None = None, **options: Any

@@ -8,6 +8,7 @@ from uuid import UUID
 
 from sqlqueue.codec import Shape
 from sqlqueue.options import Options, check_name
+from sqlqueue.policy import Batching
 from sqlqueue.transaction import Transaction
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ class Task(Generic[P, R]):
     options        the options of its jobs
     queue          where it is registered, or that bound to a transaction
     transactional  it takes a Session (AsyncSession, if it is async) as its first argument
+    batching       it takes the arguments of many jobs at once; None: those of one
     """
 
     def __init__(
@@ -47,13 +49,15 @@ class Task(Generic[P, R]):
         function: Callable[P, R],
         name: str | None,
         options: Options,
-        transactional: bool,
+        transactional: bool = False,
+        batching: Batching | None = None,
     ) -> None:
         self.name = check_name("task", name or _name_of(function))
         self.function = function
         self.transactional = transactional
         self.is_async = inspect.iscoroutinefunction(function)
-        self.shape = Shape(function, skip_first=transactional)
+        self.batching = batching
+        self.shape = Shape(function, skip_first=transactional, of_each=batching is not None)
         self._decide = options.retry.decide
         self.options = self._checked(options)
         self.queue = queue
@@ -117,6 +121,8 @@ class Task(Generic[P, R]):
         executor = options.executor
         if executor == "process" and self.transactional:
             raise ValueError(f"task {self.name}: a process cannot share a transaction")
+        if self.batching and (executor == "process" or self.transactional):
+            raise ValueError(f"task {self.name}: a batch has no process and no transaction")
         if executor == "process" and "<locals>" in self.function.__qualname__:
             raise ValueError(f"task {self.name}: a process could not import it from its module")
         if options.retry.decide is not self._decide:

@@ -187,7 +187,7 @@ def test_the_tasks_page_is_a_program_that_runs(shop_url: str, load: Callable[...
             "select count(*) from orders join archived on order_id = id where shipped_at < now()"
         )
         assert conn.exec_driver_sql(shipped).scalar() == 1
-    succeeded = {"send_receipt", "refund", "ship", "archive", "poll_bank"}
+    succeeded = {"send_receipt", "refund", "ship", "archive", "poll_bank", "weigh"}
     assert {tuple(row) for row in ended} == {
         *((f"page_tasks.{name}", "succeeded") for name in succeeded),
         ("page_tasks.export", "cancelled"),
