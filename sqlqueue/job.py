@@ -1,8 +1,6 @@
 """One job, as whoever enqueued it sees it."""
 
 import asyncio
-import time
-from collections.abc import Iterator
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 from uuid import UUID
@@ -14,7 +12,6 @@ if TYPE_CHECKING:
     from sqlqueue.queue import Queue
 
 R = TypeVar("R")
-LIVE = ("scheduled", "waiting", "ready", "running")
 
 
 class Job(Generic[R]):
@@ -41,8 +38,11 @@ class Job(Generic[R]):
     def refresh(self) -> "Job[R]":
         """Read the job again; return it."""
         with self._queue.autocommit() as conn:
-            self._row = self._queue.store.job(conn, str(self.id))
-        if self._row is None:
+            return self._seen(*self._queue.store.jobs(conn, [str(self.id)], [True]).values())
+
+    def _seen(self, row: Any) -> "Job[R]":
+        self._row = row
+        if row is None:
             raise JobNotFound(self.id)
         return self
 
@@ -56,7 +56,7 @@ class Job(Generic[R]):
     @property
     def has_ended(self) -> bool:
         """Whether the job had ended when it was last read."""
-        return self.state not in LIVE
+        return self.ended_at is not None
 
     @property
     def result(self) -> R:
@@ -80,24 +80,16 @@ class Job(Generic[R]):
         Raises NotEnded after `timeout`, JobFailed if it ended without success, JobNotFound if
         it does not exist: wait for what has been committed.
         """
-        for pause in self._pauses(timeout):
-            time.sleep(pause)
-        return self.result
+        row = self._queue.waits.add(str(self.id), timeout)
+        try:
+            return self._seen(row.result()).result
+        finally:
+            row.cancel()  # an interrupt from the keyboard ends the wait
 
     async def await_result(self, timeout: timedelta | None = None) -> R:
         """Do what `wait` does, without blocking the event loop."""
-        pauses = self._pauses(timeout)
-        while (pause := await asyncio.to_thread(next, pauses, None)) is not None:
-            await asyncio.sleep(pause)
-        return self.result
-
-    def _pauses(self, timeout: timedelta | None) -> Iterator[float]:
-        """Read the job until it has ended or the time is over; yield the pauses in between."""
-        deadline = float("inf") if timeout is None else time.monotonic() + timeout.total_seconds()
-        pause = 0.002
-        while not self.refresh().has_ended and (left := deadline - time.monotonic()) > 0:
-            yield min(pause, left)
-            pause = min(pause * 1.5, 0.25)
+        row = self._queue.waits.add(str(self.id), timeout)
+        return self._seen(await asyncio.wrap_future(row)).result
 
     def cancel(self, reason: str = "cancelled by request") -> bool:
         """End the job as cancelled; return False if it had ended already.

@@ -2,6 +2,7 @@
 
 import asyncio
 import copy
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, closing, contextmanager
@@ -33,6 +34,7 @@ from sqlqueue.transaction import (
     sqlalchemy_errors,
     within,
 )
+from sqlqueue.waits import Waits
 from sqlqueue.worker import Worker, WorkerOptions
 
 P = ParamSpec("P")
@@ -74,6 +76,7 @@ class Queue:
         self.after_run: list[Callable[[Ended], object]] = []
         self.before_enqueue: list[Callable[[Call], Call]] = []
         self.cipher: Any = Plain()
+        self._waits: dict[int, Waits] = {}
         self._schedules: dict[str, tuple[Callable[[], Call], Schedule]] = {}
         self._transaction: Transaction | None = None
         self._id: str | None = None
@@ -273,6 +276,11 @@ class Queue:
                     driver.autocommit = before
                 else:
                     pooled.invalidate()
+
+    @property
+    def waits(self) -> Waits:
+        """The waits for jobs in this process; one that was forked has its own."""
+        return self._waits.setdefault(os.getpid(), Waits(self.engine, self.store))
 
     def worker(self, *queues: str, **options: Any) -> Worker:
         """Return a worker of some queues, `NAME` or `NAME:WEIGHT`, to run in this program.

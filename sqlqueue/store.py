@@ -118,7 +118,7 @@ class Store:
     pass_on     queue, priority: wakes every idle worker of the queue
     cancel      job id, reason -> whether it has ended by this, or runs and was told
     retry       job id -> whether it had failed or was cancelled, and is ready again
-    job         job id -> its row in the view `jobs`, with traceback; None without one
+    jobs        job ids, whether to read each even if it lives -> rows by id; None: no job
     unknown_since   job id -> seconds that it waits for a worker that knows its task
     pause       scope, name, is_paused, by, why, lasts (None: until resumed)
     gated       queues -> those in which jobs may have to wait under a policy
@@ -152,7 +152,9 @@ class Store:
     pass_on = Statement(list, "queue", "priority")
     cancel = Statement(_first, "job_id", "reason")
     retry = Statement(_first, "job_id")
-    job = Statement(lambda rows: rows[0] if rows else None, "job_id")
+    jobs = Statement(
+        lambda rows: {row.id: row if row.state else None for row in rows}, "job_ids", "even_live"
+    )
     unknown_since = Statement(_first, "job_id")
     pause = Statement(list, "scope", "name", "is_paused", "by", "why", "lasts")
     gated = Statement(lambda rows: {row.queue for row in rows}, "queues")

@@ -1,5 +1,6 @@
 """The plans of the statements that must stay quick, whatever the statistics say or do not say."""
 
+import random
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,7 +23,7 @@ VERSIONS = Path(__file__).parent.parent / "migrations/versions"
 MANY = 20_000
 TTL = timedelta(hours=1)
 LANE = Lane("default", 0)
-HOT = ("ready", "scheduled", "lease", "job", "run", "doorbell", "cancel_request")
+HOT = ("ready", "waiting", "scheduled", "lease", "job", "run", "doorbell", "cancel_request")
 
 # What each statement is asked, by the worker with the number given.
 ASKED: dict[str, Callable[[Store, Executes, int], object]] = {
@@ -33,6 +34,7 @@ ASKED: dict[str, Callable[[Store, Executes, int], object]] = {
         + [Ended(new_id(), 1, "failed", TTL, 0.1, None, "E", "e", "t") for _ in range(499)],
     ),
     "held": lambda store, conn, worker: store.held(conn, [(new_id(), 1) for _ in range(500)]),
+    "jobs": lambda store, conn, worker: store.jobs(conn, [new_id() for _ in range(500)], []),
     "promote": lambda store, conn, worker: store.promote(conn, 10 * TTL, 500),
     "next_due": lambda store, conn, worker: store.next_due(conn),
     "lanes": lambda store, conn, worker: store.lanes(conn, "default", [0, 1], False),
@@ -302,6 +304,23 @@ def test_dead_rows_that_cannot_be_removed_cost_nothing(create_database, store) -
     assert without_floor > 5 * clean["claim"]  # the dead rows are there
     for verb, count in dirty.items():
         assert count <= 2 * clean[verb], f"{verb}: {clean[verb]} -> {count}"
+
+
+def test_no_history_is_read_to_see_that_jobs_have_not_ended(conn, store) -> None:
+    fill(conn, store)
+    (ids,) = conn.execute(text("select array_agg(cast(id as text)) from sqlqueue.job")).one()
+    prepare(conn, TTL)
+
+    with pytest.raises(Noted) as noted:
+        store.jobs(Notes(), random.sample(ids, 1000), [])
+    explain = f"explain (analyze, format json) {noted.value.statement}"
+    (plan,) = conn.exec_driver_sql(explain, noted.value.parameters).scalar()
+
+    loops = {"run": 0.0}
+    for node in nodes(plan["Plan"]):
+        table = table_of(node) or ""
+        loops[table] = loops.get(table, 0) + node["Actual Loops"]
+    assert loops["run"] == 0 < loops["lease"] <= loops["job"] <= loops["ready"] == 1000
 
 
 def test_a_finish_reads_only_what_it_ends_although_lease_was_analyzed_while_empty(

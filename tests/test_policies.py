@@ -161,7 +161,8 @@ def test_a_waiting_job_is_cancelled_at_once(desk) -> None:
     (job_id,) = desk.conn.execute(text("select job_id from sqlqueue.waiting")).scalars()
 
     assert desk.store.cancel(desk.conn, str(job_id), "no more")
-    assert desk.store.job(desk.conn, str(job_id)).state == "cancelled"
+    (job,) = desk.store.jobs(desk.conn, [str(job_id)], [True]).values()
+    assert job.state == "cancelled"
 
 
 # Rates

@@ -114,7 +114,7 @@ def ids_in(conn: Connection, table: str) -> list[str]:
 
 
 def job_of(conn: Connection, store: Store, job_id: str) -> Any:
-    job = store.job(conn, job_id)
+    job = store.jobs(conn, [job_id], [True])[job_id]
     assert job is not None
     return job
 
@@ -836,7 +836,11 @@ def test_the_view_names_each_state(conn, store) -> None:
     }
     live = {str(job["id"]): job["state"] for job in rows(conn, "live")}
     assert live == {scheduled: "scheduled", ready: "ready", running: "running"}
-    assert store.job(conn, str(uuid4())) is None
+    unknown = str(uuid4())
+    given = [*live, *ended.values(), unknown]
+    read = store.jobs(conn, given, [True] * len(given))
+    assert [one for one, job in read.items() if job is None] == [unknown]
+    assert store.jobs(conn, given, []).keys() == {*ended.values(), unknown}
 
 
 class Walk:
@@ -1216,7 +1220,7 @@ def test_history_older_than_the_retention_is_dropped(old, store) -> None:
         assert all(line.startswith("dropped ") for line in said)
         assert [str(job["id"]) for job in rows(conn, "job")] == [kept]
         assert ids_in(conn, "run") == [kept]
-        assert store.job(conn, dropped) is None
+        assert store.jobs(conn, [dropped], [True]) == {dropped: None}
         assert store.tidy(conn) == []
 
 

@@ -215,7 +215,6 @@ VERBS: dict[str, Callable[[Store, Executes, int], object]] = ASKED | {
     "set_policy": lambda store, conn, worker: store.set_policy(conn, "queue", "q", None),
     "begin": lambda store, conn, worker: conn.exec_driver_sql(*store.begin(MAYBE)),
     "enqueue": lambda store, conn, worker: store.enqueue(conn, [], [], "t", Options().params),
-    "job": lambda store, conn, worker: store.job(conn, ""),
     "pass_on": lambda store, conn, worker: store.pass_on(conn, "q", 0),
     "pause": lambda store, conn, worker: store.pause(conn, "queue", "q", True, "", None, None),
     "register": lambda store, conn, worker: store.register(

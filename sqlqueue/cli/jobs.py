@@ -11,6 +11,7 @@ import click
 from sqlqueue.cli.words import (
     FAILED,
     IN_PART,
+    LIVE,
     MOST,
     NOTHING,
     RETRYABLE,
@@ -26,7 +27,7 @@ from sqlqueue.cli.words import (
     yes_option,
 )
 from sqlqueue.errors import JobNotFound
-from sqlqueue.job import LIVE, Job
+from sqlqueue.job import Job
 from sqlqueue.reports import LEVELS, Control, fields, misuse
 
 

@@ -15,7 +15,7 @@ from click.core import ParameterSource
 
 from sqlqueue.codec import encode_value
 from sqlqueue.errors import JobNotFound, NotEnded, SchemaMismatch, SqlqueueError
-from sqlqueue.job import LIVE, Job
+from sqlqueue.job import Job
 from sqlqueue.link import DatabaseError
 from sqlqueue.policy import Rate
 from sqlqueue.reports import Choice, Control, inert
@@ -23,6 +23,7 @@ from sqlqueue.reports import Choice, Control, inert
 # Exit codes; 0 is done, and 2, which is click's, misused.
 FAILED, UNREACHABLE, SCHEMA, NOTHING, IN_PART, TOO_LONG, INTERRUPTED = 1, 3, 4, 5, 6, 124, 130
 CODES: dict[type, int] = {JobNotFound: NOTHING, SchemaMismatch: SCHEMA}
+LIVE = ("scheduled", "waiting", "ready", "running")
 RETRYABLE = ("failed", "cancelled")  # as retry.sql has it
 STATES = (*LIVE, "succeeded", *RETRYABLE, "expired")
 MOST = 10_000  # jobs that one command changes
