@@ -84,15 +84,7 @@ class Queue:
     @overload
     def task(self, function: Callable[P, R], /) -> Task[P, R]: ...
     @overload
-    def task(
-        self,
-        function: None = None,
-        /,
-        *,
-        name: str | None = None,
-        transactional: bool = False,
-        **options: Any,
-    ) -> Callable[[Callable[..., R]], Task[..., R]]: ...
+    def task(self, /, **options: Any) -> Callable[[Callable[..., R]], Task[..., R]]: ...
     def task(
         self,
         function: Callable[..., Any] | None = None,

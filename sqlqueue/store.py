@@ -219,17 +219,8 @@ class Store:
 
         With a `patience`, the transaction is ended when it has been silent for that long.
         """
-        params: dict[str, Any] = {
-            "job_ids": "{" + ",".join([one.job_id for one in ended]) + "}",
-            "runs": "{" + ",".join([str(one.run) for one in ended]) + "}",
-            "outcomes": "{" + ",".join([one.outcome for one in ended]) + "}",
-            "waits": array([one.wait for one in ended]),
-            "rans": array([one.ran for one in ended]),
-            "results": array([one.result for one in ended]),
-            "error_types": array([one.error_type for one in ended]),
-            "errors": array([one.error for one in ended]),
-            "tracebacks": array([one.traceback for one in ended]),
-        }
+        columns = {f"{name}s": [one[n] for one in ended] for n, name in enumerate(Ended._fields)}
+        params: dict[str, Any] = {name: array(column) for name, column in columns.items()}
         params["patience"] = patience and milliseconds(patience)
         are_all, some, _ = self.rows(conn, "finish", params)[0]
         return {one.job_id for one in ended} if are_all else set(some or ())

@@ -9,7 +9,6 @@ import threading
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from datetime import timedelta
-from heapq import heappop, heappush
 from time import monotonic, sleep
 from typing import Any
 
@@ -26,13 +25,13 @@ AWAY = 10.0  # seconds without an answer of the database after which waits fail
 SILENCE = timedelta(seconds=10)  # of this process in a look, after which the database ends it
 
 
-@dataclass(order=True)
+@dataclass
 class _Wait:
-    look_at: float
+    job_id: str
     began: float
     ends_at: float
-    job_id: str
-    row: Future[Any] = field(default_factory=Future, compare=False)
+    look_at: float
+    row: Future[Any] = field(default_factory=Future)
 
 
 class Waits:
@@ -42,7 +41,7 @@ class Waits:
         self._store = store
         self._link = Link(engine, store)
         self._added = threading.Condition()
-        self._waits: list[_Wait] = []  # a heap
+        self._waits: list[_Wait] = []
         self._has_thread = False
 
     def add(self, job_id: str, timeout: timedelta | None) -> Future[Any]:
@@ -53,9 +52,9 @@ class Waits:
         """
         now = monotonic()
         ends_at = now + timeout.total_seconds() if timeout is not None else float("inf")
-        wait = _Wait(now, now, ends_at, job_id)
+        wait = _Wait(job_id, now, ends_at, now)
         with self._added:
-            heappush(self._waits, wait)
+            self._waits.append(wait)
             self._added.notify()
             if not self._has_thread:
                 threading.Thread(target=self._run, name="sqlqueue waits", daemon=True).start()
@@ -64,36 +63,32 @@ class Waits:
 
     def _run(self) -> None:
         answered_at = monotonic()
-        while due := self._due():
-            began = monotonic()
+        while self._pause():
+            now = monotonic()
+            due = [wait for wait in self._waits if wait.look_at <= now]
             try:
-                self._look(due, began)
-                answered_at = began
+                self._look(due, now)
+                answered_at = now
             except Exception as error:  # the top of a thread: whoever waits gets it
-                is_away = isinstance(error, OperationalError) and began - answered_at < AWAY
+                is_away = isinstance(error, OperationalError) and now - answered_at < AWAY
                 for wait in due:
-                    if not is_away or wait.ends_at <= began:
+                    if not is_away or wait.ends_at <= now:
                         _resolve(wait.row, error=error)
-            with self._added:
-                for wait in due:
-                    if not wait.row.done():
-                        pause = min(SHORTEST + (began - wait.began) / 2, LONGEST)
-                        wait.look_at = min(began + pause, wait.ends_at)
-                        heappush(self._waits, wait)
-            sleep(monotonic() - began)  # so that it asks for half of the time at most
+            for wait in due:
+                wait.look_at = now + min(SHORTEST + (now - wait.began) / 2, LONGEST)
+                wait.look_at = min(wait.look_at, wait.ends_at)
+            sleep(monotonic() - now)  # so that it asks for half of the time at most
 
-    def _due(self) -> list[_Wait]:
-        """Return what to look for, as soon as there is something; nothing to end the thread."""
-        due: list[_Wait] = []
+    def _pause(self) -> bool:
+        """Sleep until the next look; return False if nobody has waited for a while."""
         with self._added:
-            while not due and self._added.wait_for(lambda: self._waits, LINGER):
-                self._added.wait(max(0.0, self._waits[0].look_at - monotonic()))
-                while self._waits and self._waits[0].look_at <= monotonic():
-                    due.append(heappop(self._waits))
-            if not due:
+            self._waits = [wait for wait in self._waits if not wait.row.done()]
+            next_at = min((one.look_at for one in self._waits), default=monotonic() + LINGER)
+            self._added.wait(max(0.0, next_at - monotonic()))
+            if not self._waits:
                 self._link.close()
                 self._has_thread = False
-        return due
+            return self._has_thread
 
     def _look(self, due: list[_Wait], now: float) -> None:
         ids, are_over = [wait.job_id for wait in due], [wait.ends_at <= now for wait in due]
