@@ -16,7 +16,7 @@ from datetime import date, datetime
 from functools import cache, cached_property
 from pathlib import PurePath
 from types import GenericAlias
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, get_type_hints
 
 from msgspec import Raw, ValidationError, json, to_builtins
 
@@ -45,15 +45,11 @@ class Shape:
 
     Values that have no name of their own (positional-only ones and `*args`) are a list under the
     key "*". Annotations are looked up when first needed, so they may name what is defined later.
-    With `skip_first` the first parameter is no argument: a transactional task's session. With
-    `of_each` all are annotated as lists, and an argument is an item: a batch task's.
+    With `skip_first` the first parameter is no argument: a transactional task's session.
     """
 
-    def __init__(
-        self, function: Callable[..., Any], skip_first: bool = False, of_each: bool = False
-    ) -> None:
+    def __init__(self, function: Callable[..., Any], skip_first: bool = False) -> None:
         self._function = function
-        self._of_each = of_each
         self._name = getattr(function, "__qualname__", type(function).__qualname__)
         parameters = list(inspect.signature(function).parameters.values())
         if skip_first and not any(p.kind <= p.POSITIONAL_OR_KEYWORD for p in parameters[:1]):
@@ -66,9 +62,6 @@ class Shape:
         self._all = frozenset(self._order + by_name)
         # What has no name of its own is required and not in `_all`: such calls never just fit.
         self._required = {p.name for p in parameters if p.default is p.empty}.union(self._nameless)
-        all_named = self._all and not (self._rest or self._extra) and self._required == self._all
-        if of_each and not all_named:
-            raise BadArguments(f"{self._name}: a batch needs parameters with names and no defaults")
 
     def encode(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
         """Write the arguments of a call as JSON text; defaults are not filled in.
@@ -134,9 +127,6 @@ class Shape:
         except Exception as error:  # annotations are user code
             raise BadArguments(f"{self._name}: annotations cannot be looked up: {error}") from error
         types = {name: hints.get(name, Any) for name in (*self._signature.parameters, "return")}
-        if self._of_each:
-            items = {name: get_args(one) for name, one in types.items() if get_origin(one) is list}
-            types = {name: items[name][0] if name in items else Any for name in types}
         types |= {name: GenericAlias(tuple, (types[name], ...)) for name in self._rest}
         types |= {name: GenericAlias(dict, (str, types[name])) for name in self._extra}
         return {name: _decoder(one, f"{self._name}: {name}: ") for name, one in types.items()}

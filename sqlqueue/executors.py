@@ -13,7 +13,6 @@ from queue import Empty, SimpleQueue
 from time import monotonic
 from typing import Any, Protocol
 
-from sqlqueue.batches import Batch
 from sqlqueue.run import Run, has_traces
 from sqlqueue.store import Ended
 
@@ -25,8 +24,8 @@ Done = Callable[[Run, Ended | None], None]
 class Executor(Protocol):
     """What the worker asks of an executor; all may be called from any thread."""
 
-    def submit(self, runs: Sequence[Any]) -> None:
-        """Take runs, or batches of runs, to be started in order as slots become free."""
+    def submit(self, runs: Sequence[Run]) -> None:
+        """Take runs to be started, in order, as slots become free."""
 
     def withdraw(self) -> list[Run]:
         """Give back the runs that have not been started."""
@@ -63,7 +62,7 @@ class LoopExecutor:
         self._thread = threading.Thread(target=loop.run_forever, name="sqlqueue loop", daemon=True)
         self._thread.start()
 
-    def submit(self, runs: Sequence[Any]) -> None:
+    def submit(self, runs: Sequence[Run]) -> None:
         for run in runs:
             self._waiting.put(run)
         self._loop.call_soon_threadsafe(self._fill)
@@ -145,7 +144,7 @@ class ThreadExecutor:
             self._threads.append(thread)
             thread.start()
 
-    def submit(self, runs: Sequence[Any]) -> None:
+    def submit(self, runs: Sequence[Run]) -> None:
         for run in runs:
             self._waiting.put(run)
 
@@ -177,8 +176,7 @@ def _taken_from(waiting: SimpleQueue[Any]) -> list[Run]:
     taken: list[Run] = []
     with suppress(Empty):
         while True:
-            one = waiting.get_nowait()
-            taken += one.runs if isinstance(one, Batch) else [one]
+            taken.append(waiting.get_nowait())
     return taken
 
 

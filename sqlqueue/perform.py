@@ -11,7 +11,6 @@ from contextlib import nullcontext
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
-from sqlqueue.batches import Batch
 from sqlqueue.run import Run
 from sqlqueue.store import Ended
 
@@ -27,12 +26,8 @@ class InThread:
     def __init__(self, session: Callable[[], Session]) -> None:
         self._session = session
 
-    def perform(self, run: Run | Batch) -> Ended | None:
+    def perform(self, run: Run) -> Ended | None:
         """Call the function; None if the run finished its job in a transaction of its own."""
-        if isinstance(run, Batch):
-            with run.serve() as columns:
-                run.answers = run.function(**columns) if columns else []
-            return None
         try:
             args, kwargs = run.start()
             if run.registered.transactional:
@@ -57,12 +52,8 @@ class OnLoop:
     def __init__(self, session: Callable[[], AsyncSession]) -> None:
         self._session = session
 
-    async def perform(self, run: Run | Batch) -> Ended | None:
+    async def perform(self, run: Run) -> Ended | None:
         """Await the function; None if the run finished its job in a transaction of its own."""
-        if isinstance(run, Batch):
-            with run.serve() as columns:
-                run.answers = await run.function(**columns) if columns else []
-            return None
         try:
             args, kwargs = run.start()
             if run.registered.transactional:

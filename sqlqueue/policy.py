@@ -116,15 +116,3 @@ class Policy:
         for name in ("ageing", "breaks_for"):
             rules[name] = rules[name] and f"{rules[name].total_seconds()} s"
         return json.dumps(rules)
-
-
-@dataclass(frozen=True)
-class Batching:
-    """How many jobs of a task are collected at most, and for how long."""
-
-    size: int
-    wait: timedelta
-
-    def __post_init__(self) -> None:
-        if self.size < 1 or self.wait < timedelta(0):
-            raise ValueError(f"need size of at least 1 and wait of at least 0, got {self}")

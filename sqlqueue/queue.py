@@ -16,12 +16,13 @@ from uuid import UUID
 from psycopg.pq import TransactionStatus
 from sqlalchemy import URL, Engine, create_engine
 
+from sqlqueue.batches import batched
 from sqlqueue.codec import Plain, encode_call
 from sqlqueue.errors import DuplicateJob, QueueFull, UniqueKeyBusy
 from sqlqueue.job import Job
 from sqlqueue.literal import new_id
 from sqlqueue.options import Options, check_name
-from sqlqueue.policy import Batching, Policy, Unique
+from sqlqueue.policy import Policy, Unique
 from sqlqueue.run import Run
 from sqlqueue.schedule import Schedule
 from sqlqueue.store import Ended, Executes, Store
@@ -92,7 +93,6 @@ class Queue:
         *,
         name: str | None = None,
         transactional: bool = False,
-        batching: Batching | None = None,
         **options: Any,
     ) -> Any:
         """Register a function as a task, named `module.function` unless a name is given.
@@ -104,8 +104,7 @@ class Queue:
         """
 
         def register(function: Callable[..., Any]) -> Task[..., Any]:
-            changed = self.options.changed(options)
-            task = Task(self, function, name, changed, transactional, batching)
+            task = Task(self, function, name, self.options.changed(options), transactional)
             if task.name in self.tasks:
                 raise ValueError(f"task {task.name} is registered already: give it a name")
             self.tasks[task.name] = task
@@ -122,16 +121,22 @@ class Queue:
     ) -> Callable[[Callable[..., R]], Task[..., R]]:
         """Register a function that serves many jobs in one call.
 
-        Its parameters are annotated as lists; a job is enqueued with an item for each. A worker
-        collects jobs until there are `size`, or as many as it has slots, or until `wait` has
-        passed. The function returns a list with an answer for each job, in order: its result, or
-        the exception with which it fails. What it raises is how all of them end.
+        Its parameters are annotated as lists; a job is enqueued with an item for each. Runs of
+        one worker process are collected until there are `size`, or until `wait` has passed. The
+        function returns a list with an answer for each, in order: its result, or the exception
+        that it fails with. What the function raises, all of them raise.
 
-        Raises what `task` does, and BadArguments for parameters with defaults.
+        Raises what `task` and `batched` do.
         """
+        if options.get("executor") == "process" or options.get("transactional"):
+            raise ValueError("a batch has no process and no transaction")
 
-        register: Any = self.task
-        return register(batching=Batching(size, wait), **options)  # type: ignore[no-any-return]
+        def register(function: Callable[..., R]) -> Task[..., R]:
+            task: Task[..., R] = self.task(**options)(batched(function, size, wait))
+            task.called = function
+            return task
+
+        return register
 
     def using(
         self, transaction: Transaction | None = None, *, id: UUID | None = None, **options: Any

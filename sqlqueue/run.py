@@ -141,15 +141,11 @@ class Run:
         self.has_finished = True
 
     def start(self) -> tuple[list[Any], dict[str, Any]]:
-        """Make this the current run, begin, and return the arguments of the call."""
-        _current.set(self)
-        return self.begin()
-
-    def begin(self) -> tuple[list[Any], dict[str, Any]]:
-        """Begin, and return the arguments. Raises InterruptedError if it is to stop."""
+        """Begin: make this the current run and return the arguments of the call."""
         if self.interrupted:
             raise InterruptedError
         self.started = monotonic()
+        _current.set(self)
         args = self.registered.queue.cipher.open(self.row.args)
         call: tuple[list[Any], dict[str, Any]] = self.registered.shape.decode(args)
         return call
@@ -219,14 +215,10 @@ class Run:
             log.exception("job %s: its retry policy failed", self.key[0])
             return Retry(attempts=attempts).wait(error, self.attempt)
 
-    def ran_for(self) -> float:
-        """Return the seconds since it began."""
-        return monotonic() - (self.started or 0)
-
     def _ended(
         self, outcome: str, wait: timedelta | None, *texts: str, result: str | None = None
     ) -> Ended:
-        ran = None if self.started is None else self.ran_for()
+        ran = None if self.started is None else monotonic() - self.started
         if "notes" in vars(self):
             self.notes.close()
         return Ended(*self.key, outcome, wait, ran, result, *texts)

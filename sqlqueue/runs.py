@@ -8,14 +8,12 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from itertools import chain
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 from sqlalchemy.orm import Session
 
-from sqlqueue.batches import Batch
 from sqlqueue.executors import Executor, LoopExecutor, ThreadExecutor
 from sqlqueue.notes import Said
 from sqlqueue.perform import InThread, OnLoop
@@ -55,7 +53,6 @@ class Runs:
         self._wake = wake
         self._executors: dict[str, Executor] = {}
         self._over: deque[End] = deque()
-        self._collected: dict[str, list[Run]] = {}
         self.next_check = NEVER
         self._must_check = False
         self._hooks = ThreadPoolExecutor(1, "sqlqueue hooks")
@@ -78,31 +75,12 @@ class Runs:
             kind = row.executor if row.executor in (usual, "process") else usual
             if kind not in self._executors:
                 self._executors[kind] = self._make(kind)
-            if task.batching:
-                self._collected.setdefault(row.task, []).append(run)
-                continue
             run.executor = self._executors[kind]
             batches.setdefault(kind, []).append(run)
-        self._send_collected(now)
         if len(self.held) > self._options.slots:
             self.next_check = min(self.next_check, now + STALE)
         for kind, runs in batches.items():
             self._executors[kind].submit(runs)
-
-    def _send_collected(self, now: float) -> None:
-        """Have batches run that are full, or have waited for long enough."""
-        for name, runs in self._collected.items():
-            task: Any = self._queue.tasks[name]
-            size = min(task.batching.size, self._options.slots)
-            kind, wait = "async" if task.is_async else "thread", task.batching.wait.total_seconds()
-            runs[:] = [run for run in runs if not run.is_over]
-            while runs and (len(runs) >= size or now >= runs[0].claimed + wait):
-                batch, runs[:] = Batch(runs[:size], self.done), runs[size:]
-                for run in batch.runs:
-                    run.executor, run.claimed = self._executors[kind], now
-                self._executors[kind].submit([batch])
-            if runs:
-                self.next_check = min(self.next_check, runs[0].claimed + wait)
 
     def hold(self, run: Run, ended: Ended) -> None:
         """Hold a claimed job that is not to be run, with its end."""
@@ -121,7 +99,7 @@ class Runs:
         child = partial(Child, self._options.child_runs, self._options.child_bytes)
         return ThreadExecutor(slots, child, self.done)
 
-    def done(self, run: Any, ended: Ended | None) -> None:
+    def done(self, run: Run, ended: Ended | None) -> None:
         """Take note that a run has left its slot, and how it ended."""
         self.lingering.discard(run)
         self._end(run, ended)
@@ -151,18 +129,13 @@ class Runs:
         run.interrupted = why
         if run.executor is not None:
             run.executor.interrupt(run)
-        else:  # it is still being collected
-            self.done(run, run.stopped())
         self._must_check = True
         self._wake()
 
     def cancel(self, job_id: str) -> None:
-        """Interrupt the run of a job that somebody asked to cancel, if it is held.
-
-        One that runs with others in a batch goes on: they would be cancelled, too.
-        """
+        """Interrupt the run of a job that somebody asked to cancel, if it is held."""
         for run in list(self.held.copy().values()):
-            if run.key[0] == job_id and not (run.started and run.registered.batching):
+            if run.key[0] == job_id:
                 self.interrupt(run, "cancelled")
 
     def check(self, now: float) -> None:
@@ -174,11 +147,9 @@ class Runs:
         for run in self.held.values():
             if not run.is_over:
                 self.next_check = min(self.next_check, self._check_one(run, now))
-        self._send_collected(now)
         if len(self.held) > self._options.slots:
             self.next_check = min(self.next_check, now + STALE)
-            waiting = [r for r in self.held.values() if r.started is None and r.executor]
-            if any(now - run.claimed > STALE for run in waiting):
+            if any(r.started is None and now - r.claimed > STALE for r in self.held.values()):
                 self.has_stale = True
                 self.withdraw()
 
@@ -201,10 +172,10 @@ class Runs:
 
     def withdraw(self) -> None:
         """Hand back the runs that have not been started."""
-        waiting = [runs for executor in self._executors.values() for runs in executor.withdraw()]
-        for run in [*waiting, *chain(*self._collected.values())]:
-            run.interrupted = "returned"
-            self.done(run, run.stopped())
+        for executor in self._executors.values():
+            for run in executor.withdraw():
+                run.interrupted = "returned"
+                self.done(run, run.stopped())
 
     def interrupt_all(self) -> None:
         """Ask all runs to stop; called by any thread."""

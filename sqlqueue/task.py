@@ -8,7 +8,6 @@ from uuid import UUID
 
 from sqlqueue.codec import Shape
 from sqlqueue.options import Options, check_name
-from sqlqueue.policy import Batching
 from sqlqueue.transaction import Transaction
 
 if TYPE_CHECKING:
@@ -36,11 +35,11 @@ class Task(Generic[P, R]):
     """What `@queue.task` makes of a function.
 
     name           by which workers find it
-    function       the function itself; calling the task calls it
+    function       the function itself, which runs call
+    called         what calling the task calls: the same, but for batch tasks
     options        the options of its jobs
     queue          where it is registered, or that bound to a transaction
     transactional  it takes a Session (AsyncSession, if it is async) as its first argument
-    batching       it takes the arguments of many jobs at once; None: those of one
     """
 
     def __init__(
@@ -49,15 +48,13 @@ class Task(Generic[P, R]):
         function: Callable[P, R],
         name: str | None,
         options: Options,
-        transactional: bool = False,
-        batching: Batching | None = None,
+        transactional: bool,
     ) -> None:
         self.name = check_name("task", name or _name_of(function))
-        self.function = function
+        self.function = self.called = function
         self.transactional = transactional
         self.is_async = inspect.iscoroutinefunction(function)
-        self.batching = batching
-        self.shape = Shape(function, skip_first=transactional, of_each=batching is not None)
+        self.shape = Shape(function, skip_first=transactional)
         self._decide = options.retry.decide
         self.options = self._checked(options)
         self.queue = queue
@@ -70,7 +67,7 @@ class Task(Generic[P, R]):
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """Call the function, here and now."""
-        return self.function(*args, **kwargs)
+        return self.called(*args, **kwargs)
 
     def __repr__(self) -> str:
         return f"Task({self.name!r})"
@@ -121,8 +118,6 @@ class Task(Generic[P, R]):
         executor = options.executor
         if executor == "process" and self.transactional:
             raise ValueError(f"task {self.name}: a process cannot share a transaction")
-        if self.batching and (executor == "process" or self.transactional):
-            raise ValueError(f"task {self.name}: a batch has no process and no transaction")
         if executor == "process" and "<locals>" in self.function.__qualname__:
             raise ValueError(f"task {self.name}: a process could not import it from its module")
         if options.retry.decide is not self._decide:

@@ -340,12 +340,6 @@ def call(ctx: click.Context, task: str, words: Sequence[str], pdb: bool) -> None
 
 def perform(queue: Queue, task: AnyTask, args: Args, kwargs: Kwargs) -> Any:
     """Call the function of a task, a transactional one in a transaction of its own."""
-    if task.batching:
-        answers = task.function(**{name: [one] for name, one in kwargs.items()})
-        (answer,) = asyncio.run(answers) if task.is_async else answers
-        if isinstance(answer, BaseException):
-            raise answer
-        return answer
     if task.is_async:
         return asyncio.run(perform_async(queue, task, args, kwargs))
     if not task.transactional:
