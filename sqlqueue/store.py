@@ -219,8 +219,10 @@ class Store:
 
         With a `patience`, the transaction is ended when it has been silent for that long.
         """
-        columns = {f"{name}s": [one[n] for one in ended] for n, name in enumerate(Ended._fields)}
-        params: dict[str, Any] = {name: array(column) for name, column in columns.items()}
+        if not ended:
+            return set()
+        columns = zip(Ended._fields, zip(*ended, strict=True), strict=True)
+        params: dict[str, Any] = {f"{name}s": array(column) for name, column in columns}
         params["patience"] = patience and milliseconds(patience)
         are_all, some, _ = self.rows(conn, "finish", params)[0]
         return {one.job_id for one in ended} if are_all else set(some or ())
@@ -236,17 +238,12 @@ class Store:
         `seen_dead` is a worker whose end was seen, dead whatever its heartbeat says. A job that
         has crashed `max_crashes` times ends as failed.
         """
-        orphans = [
-            Ended(
-                row.job_id,
-                row.run,
-                "crashed",
-                None if row.is_last else timedelta(0),
-                error_type="crashed",
-                error=f"worker {row.worker_id} died while it ran this job",
+        orphans = []
+        for row in self.orphans(conn, batch, seen_dead):
+            wait = None if row.is_last else timedelta(0)
+            why = f"worker {row.worker_id} died while it ran this job"
+            orphans.append(
+                Ended(row.job_id, row.run, "crashed", wait, error_type="crashed", error=why)
             )
-            for row in self.orphans(conn, batch, seen_dead)
-        ]
-        if orphans:
-            self.finish(conn, orphans)
+        self.finish(conn, orphans)
         return orphans

@@ -286,8 +286,7 @@ class Worker:
         succeeded = [one for _, one in ended if one and one.outcome == "succeeded"]
         others = [one for _, one in ended if one and one.outcome != "succeeded"]
         for some in (succeeded, others):
-            if some:
-                finished |= store.finish(conn, some)
+            finished |= store.finish(conn, some)
         left = [run.key for run, _ in ended if run.key[0] not in finished]
         return finished, store.held(conn, left) if left else set()
 

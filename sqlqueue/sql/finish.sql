@@ -8,15 +8,17 @@
 -- A run is ended if its lease is still there, with its number; of the others nothing is recorded,
 -- and if there are such, the jobs of those that were ended come back. :waits says when the job
 -- runs again, null that it has ended. A job that somebody asked to cancel does not run again.
-with held as materialized (
+with counted as materialized (
     select
-        lease.place, lease.job_id, lease.due_at, lease.run, lease.failures,
-        lease.crashes, lease.priority, lease.queue, lease.seq, lease.admission, lease.worker_id,
-        lease.claimed_at, ended.wait, ended.ran, ended.result, ended.error_type, ended.error,
-        ended.traceback, ended.outcome,
-        case when ended.wait is not null or ended.outcome = 'cancelled' then (
-            select reason from sqlqueue.cancel_request where cancel_request.job_id = lease.job_id
-        ) end as reason  -- null: nobody asked to cancel it
+        lease.place, lease.job_id, lease.run, lease.due_at, lease.priority, lease.queue, lease.seq,
+        lease.worker_id, lease.claimed_at, lease.admission, lease.failures, ended.ran, ended.result,
+        ended.traceback,
+        lease.failures + cast(ended.outcome in ('failed', 'timed_out') as integer) as failures_now,
+        lease.crashes + cast(ended.outcome = 'crashed' as integer) as crashes_now,
+        case when asked.reason is null then ended.outcome else 'cancelled' end as outcome,
+        case when asked.reason is null then ended.wait end as wait,
+        case when asked.reason is null then ended.error_type else 'cancelled' end as error_type,
+        coalesce(asked.reason, ended.error) as error
     from unnest(
         cast(:job_ids as uuid[]), cast(:runs as integer[]), cast(:outcomes as text[]),
         cast(:waits as interval[]), cast(:rans as double precision[]),
@@ -31,22 +33,13 @@ with held as materialized (
         where lease.job_id = ended.job_id and lease.run = ended.run
         for update skip locked
     ) as lease
+    left join sqlqueue.cancel_request as asked
+        on asked.job_id = lease.job_id
+        and (ended.wait is not null or ended.outcome = 'cancelled')
 ),
 freed as (
     delete from sqlqueue.lease
-    where ctid = any (array(select place from held))
-),
-counted as materialized (
-    select
-        job_id, run, due_at, priority, queue, seq, worker_id, claimed_at, ran, result, traceback,
-        failures, admission,
-        failures + cast(outcome in ('failed', 'timed_out') as integer) as failures_now,
-        crashes + cast(outcome = 'crashed' as integer) as crashes_now,
-        case when reason is null then outcome else 'cancelled' end as outcome,
-        case when reason is null then wait end as wait,
-        case when reason is null then error_type else 'cancelled' end as error_type,
-        coalesce(reason, error) as error
-    from held
+    where ctid = any (array(select place from counted))
 ),
 recorded as (
     insert into sqlqueue.run (
