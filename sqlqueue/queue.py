@@ -157,13 +157,12 @@ class Queue:
         return await self.aenqueue(self._call(task, args, kwargs))
 
     def _call(self, task: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
-        text = encode_call(args, kwargs)
-        return self.call(self._id, check_name("task", task), text, self.options)
+        return self.call(check_name("task", task), encode_call(args, kwargs), self.options)
 
-    def call(self, job_id: str | None, task: str, args: str, options: Options) -> Call:
-        """Make a Call, of arguments as JSON text; without an id it gets one."""
+    def call(self, task: str, args: str, options: Options) -> Call:
+        """Make a Call, of arguments as JSON text."""
         key = options.unique.key_of(task, args) if options.unique else None
-        call = Call(job_id or new_id(), task, self.cipher.seal(args), options, key)
+        call = Call(self._id or new_id(), task, self.cipher.seal(args), options, key)
         for hook in self.before_enqueue:
             call = hook(call)
         return call

@@ -3,6 +3,7 @@
 import copy
 import inspect
 from collections.abc import Callable
+from functools import update_wrapper
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, ParamSpec, TypeVar
 from uuid import UUID
 
@@ -58,12 +59,7 @@ class Task(Generic[P, R]):
         self._decide = options.retry.decide
         self.options = self._checked(options)
         self.queue = queue
-        self._id: str | None = None
-        self.__doc__ = function.__doc__
-        self.__name__ = function.__name__
-        self.__module__ = function.__module__
-        self.__qualname__ = function.__qualname__
-        self.__wrapped__ = function
+        update_wrapper(self, function, updated=())
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """Call the function, here and now."""
@@ -88,9 +84,7 @@ class Task(Generic[P, R]):
         Raises TypeError for an unknown option, ValueError for a value that is refused.
         """
         bound = copy.copy(self)
-        if transaction is not None:
-            bound.queue = self.queue.using(transaction)
-        bound._id = self._id if id is None else str(id)
+        bound.queue = self.queue.using(transaction, id=id)
         bound.options = self._checked(self.options.changed(options))
         return bound
 
@@ -99,8 +93,7 @@ class Task(Generic[P, R]):
 
         Raises BadArguments or NotRepresentable for what the task could not be called with.
         """
-        text = self.shape.encode(args, kwargs)
-        return self.queue.call(self._id, self.name, text, self.options)
+        return self.queue.call(self.name, self.shape.encode(args, kwargs), self.options)
 
     def enqueue(self, *args: P.args, **kwargs: P.kwargs) -> "Job[R]":
         """Enqueue a call, in the transaction it is bound to, or in one of its own.
