@@ -109,7 +109,7 @@ class Options:
         for word in words:
             if not isinstance(word, str):
                 raise TypeError("tags, description, key and headers must be strings")
-            if "\0" in word or (not word.isascii() and _has_surrogate(word)):
+            if "\0" in word or word.encode(errors="ignore").decode() != word:
                 raise ValueError("tags, description, key and headers must hold no NUL or surrogate")
         if len(json.dumps(dict(self.headers)).encode()) > MAX_HEADER_BYTES:
             raise ValueError(f"headers must be at most {MAX_HEADER_BYTES} bytes as JSON")
@@ -151,7 +151,3 @@ def _text(value: object) -> str | None:
     if isinstance(value, timedelta):
         return f"{value // timedelta(microseconds=1)} us"
     return None if value is None else str(value)
-
-
-def _has_surrogate(word: str) -> bool:
-    return any("\ud800" <= letter <= "\udfff" for letter in word)

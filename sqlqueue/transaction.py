@@ -78,7 +78,10 @@ def within(transaction: Transaction, work: Callable[[Executes], T]) -> T:
         raise UnsupportedTransaction(
             f"{type(transaction).__name__} is async: await the method whose name begins with `a`"
         )
-    raise _unsupported(transaction)
+    raise UnsupportedTransaction(
+        f"{type(transaction).__name__} is no transaction: give a Session, Connection, "
+        f"AsyncSession or AsyncConnection of SQLAlchemy, or a connection of psycopg"
+    )
 
 
 async def across(transaction: Transaction, work: Callable[[Executes], T]) -> T:
@@ -139,10 +142,3 @@ def _checked(conn: C) -> C:
             f"{conn.dialect.driver}: use a url that begins with postgresql+psycopg://"
         )
     return conn
-
-
-def _unsupported(transaction: object) -> UnsupportedTransaction:
-    return UnsupportedTransaction(
-        f"{type(transaction).__name__} is no transaction: give a Session, Connection, "
-        f"AsyncSession or AsyncConnection of SQLAlchemy, or a connection of psycopg"
-    )
