@@ -1,7 +1,7 @@
 """Where tasks run: on an event loop, in threads, in child processes.
 
 Executors know nothing of the database. Each runs at most `slots` runs at a time, lets the others
-wait in order, and says of each how it ended.
+wait in order, and says of each how it ended. All their methods may be called from any thread.
 """
 
 import asyncio
@@ -11,7 +11,7 @@ from contextlib import suppress
 from contextvars import Context
 from queue import Empty, SimpleQueue
 from time import monotonic
-from typing import Any, Protocol
+from typing import Any
 
 from sqlqueue.run import Run, has_traces
 from sqlqueue.store import Ended
@@ -19,22 +19,6 @@ from sqlqueue.store import Ended
 IN_A_ROW = 32  # runs that a slot takes before it lets others use the loop
 # How a run ended; None if the task finished its job itself.
 Done = Callable[[Run, Ended | None], None]
-
-
-class Executor(Protocol):
-    """What the worker asks of an executor; all may be called from any thread."""
-
-    def submit(self, runs: Sequence[Run]) -> None:
-        """Take runs to be started, in order, as slots become free."""
-
-    def withdraw(self) -> list[Run]:
-        """Give back the runs that have not been started."""
-
-    def interrupt(self, run: Run) -> None:
-        """Ask a run to stop, `run.interrupted` being set; kill it where that is possible."""
-
-    def stop(self) -> None:
-        """End what can be ended; nothing is submitted any more."""
 
 
 class LoopExecutor:
@@ -63,14 +47,18 @@ class LoopExecutor:
         self._thread.start()
 
     def submit(self, runs: Sequence[Run]) -> None:
+        """Take runs to be started, in order, as slots become free."""
         for run in runs:
             self._waiting.put(run)
         self._loop.call_soon_threadsafe(self._fill)
 
     def withdraw(self) -> list[Run]:
+        """Give back the runs that have not been started."""
         return _taken_from(self._waiting)
 
     def interrupt(self, run: Run) -> None:
+        """Ask a run to stop, `run.interrupted` being set; kill it where that is possible."""
+
         def cancel() -> None:
             if run.handle is not None:
                 run.handle.cancel()
@@ -78,6 +66,7 @@ class LoopExecutor:
         self._loop.call_soon_threadsafe(cancel)
 
     def stop(self) -> None:
+        """End what can be ended; nothing is submitted any more."""
         asyncio.run_coroutine_threadsafe(self._end(), self._loop)
         self._thread.join(timeout=1)
 
@@ -131,10 +120,11 @@ class _Steps(Awaitable[Ended | None]):
 class ThreadExecutor:
     """Runs things in threads, one for each slot: `def` tasks themselves, or child processes.
 
-    make     called once for each slot; returns what runs one run at a time
+    make     called once for each slot; returns what runs one run at a time, by `perform` and
+             `close`. What can stop a run has `interrupt`, and is the run's `handle` meanwhile
     """
 
-    def __init__(self, slots: int, make: Callable[[], "Performer"], done: Done) -> None:
+    def __init__(self, slots: int, make: Callable[[], Any], done: Done) -> None:
         self._done = done
         self._waiting: SimpleQueue[Run | None] = SimpleQueue()
         self._free = [make() for _ in range(slots)]  # the last one used is the first to be used
@@ -145,17 +135,21 @@ class ThreadExecutor:
             thread.start()
 
     def submit(self, runs: Sequence[Run]) -> None:
+        """Take runs to be started, in order, as slots become free."""
         for run in runs:
             self._waiting.put(run)
 
     def withdraw(self) -> list[Run]:
+        """Give back the runs that have not been started."""
         return _taken_from(self._waiting)
 
     def interrupt(self, run: Run) -> None:
+        """Ask a run to stop, `run.interrupted` being set; kill it where that is possible."""
         if performer := run.handle:
             performer.interrupt(run)
 
     def stop(self) -> None:
+        """End what can be ended; nothing is submitted any more."""
         for _ in self._threads:
             self._waiting.put(None)
         deadline = monotonic() + 1
@@ -180,14 +174,4 @@ def _taken_from(waiting: SimpleQueue[Any]) -> list[Run]:
     return taken
 
 
-class Performer(Protocol):
-    """What runs one run at a time for the ThreadExecutor.
-
-    If it can stop a run, it has a method `interrupt` and is the run's `handle` while it runs.
-    """
-
-    def perform(self, run: Run) -> Ended | None:
-        """Run it to its end; return how it ended."""
-
-    def close(self) -> object:
-        """Free what it holds."""
+Executor = LoopExecutor | ThreadExecutor

@@ -16,7 +16,6 @@ from uuid import UUID
 from psycopg.pq import TransactionStatus
 from sqlalchemy import URL, Engine, create_engine
 
-from sqlqueue.batches import batched
 from sqlqueue.codec import Plain, encode_call
 from sqlqueue.errors import DuplicateJob, QueueFull, UniqueKeyBusy
 from sqlqueue.job import Job
@@ -27,14 +26,7 @@ from sqlqueue.run import Run
 from sqlqueue.schedule import Schedule
 from sqlqueue.store import Ended, Executes, Store
 from sqlqueue.task import Call, Task
-from sqlqueue.transaction import (
-    Driver,
-    Transaction,
-    across,
-    savepoint,
-    sqlalchemy_errors,
-    within,
-)
+from sqlqueue.transaction import Driver, Transaction, across, savepoint, sqlalchemy_errors, within
 from sqlqueue.waits import Waits
 from sqlqueue.worker import Worker, WorkerOptions
 
@@ -111,32 +103,6 @@ class Queue:
             return task
 
         return register(function) if function else register
-
-    def batch_task(
-        self,
-        *,
-        size: int = 100,
-        wait: timedelta = timedelta(milliseconds=50),
-        **options: Any,
-    ) -> Callable[[Callable[..., R]], Task[..., R]]:
-        """Register a function that serves many jobs in one call.
-
-        Its parameters are annotated as lists; a job is enqueued with an item for each. Runs of
-        one worker process are collected until there are `size`, or until `wait` has passed. The
-        function returns a list with an answer for each, in order: its result, or the exception
-        that it fails with. What the function raises, all of them raise.
-
-        Raises what `task` and `batched` do.
-        """
-        if options.get("executor") == "process" or options.get("transactional"):
-            raise ValueError("a batch has no process and no transaction")
-
-        def register(function: Callable[..., R]) -> Task[..., R]:
-            task: Task[..., R] = self.task(**options)(batched(function, size, wait))
-            task.called = function
-            return task
-
-        return register
 
     def using(
         self, transaction: Transaction | None = None, *, id: UUID | None = None, **options: Any

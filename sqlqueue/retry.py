@@ -106,14 +106,10 @@ class Retry:
         """
         if failures < 1:
             raise ValueError(f"failures must be at least 1, got {failures}")
-        doublings = failures - 1
-        # Compared in logarithms: base * 2**doublings overflows timedelta long before a job with
-        # many attempts reaches its last one.
-        if doublings >= math.log2(self.limit / self.base):
-            ceiling = self.limit
-        else:
-            ceiling = self.base * 2**doublings
-        return ceiling * rng.random()
+        # No more doublings than reach the limit: others would overflow timedelta long before a job
+        # with many attempts reaches its last one.
+        doublings = min(failures - 1, math.ceil(math.log2(self.limit / self.base)))
+        return min(self.base * (1 << doublings), self.limit) * rng.random()
 
 
 def _plain(policy: Retry) -> Any:

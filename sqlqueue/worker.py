@@ -174,17 +174,11 @@ class Worker:
         self.join()
 
     def _register(self) -> None:
-        with self._link.begin(self.options.ttl) as conn:
+        options, pid, host = self.options, os.getpid(), socket.gethostname()
+        name, serves = options.name or f"{host}:{pid}", (self.lanes.names, sorted(self.queue.tasks))
+        with self._link.begin(options.ttl) as conn:
             self.id = self.queue.store.register(
-                conn,
-                self.options.ttl,
-                os.getpid(),
-                self.options.slots,
-                socket.gethostname(),
-                self.options.name or f"{socket.gethostname()}:{os.getpid()}",
-                sqlqueue.__version__,
-                self.lanes.names,
-                sorted(self.queue.tasks),
+                conn, options.ttl, pid, options.slots, host, name, sqlqueue.__version__, *serves
             )
         if self.signs:
             self.signs.worker_id = self.id
@@ -290,12 +284,7 @@ class Worker:
         left = [run.key for run, _ in ended if run.key[0] not in finished]
         return finished, store.held(conn, left) if left else set()
 
-    def _forget(
-        self,
-        ended: list[End],
-        finished: set[str],
-        locked: set[str],
-    ) -> None:
+    def _forget(self, ended: list[End], finished: set[str], locked: set[str]) -> None:
         self._unsettled = self._unsettled[len(ended) :]
         self._isolates = bool(self._unsettled)
         rans: list[float] = []
@@ -427,14 +416,10 @@ class Worker:
             ended = Ended(*key, "failed", error_type="missing", error="its row in job is gone")
         else:
             since = self.queue.store.unknown_since(conn, row.job_id)
-            is_over = since >= LAST_UNKNOWN
-            ended = Ended(
-                *key,
-                "failed" if is_over else "snoozed",
-                wait=None if is_over else timedelta(seconds=min(max(since / 4, 1), 60)),
-                error_type="unknown_task",
-                error=f"no worker that got it knows the task {row.task}",
-            )
+            wait = timedelta(seconds=min(max(since / 4, 1), 60)) if since < LAST_UNKNOWN else None
+            outcome = "snoozed" if wait else "failed"
+            why = f"no worker that got it knows the task {row.task}"
+            ended = Ended(*key, outcome, wait, error_type="unknown_task", error=why)
         return Run(row, None, self.queue.store, monotonic(), self.runs.said), ended
 
     # The end

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from sqlqueue import BadArguments, Cancel, Job, NotRepresentable, Queue, Retry, Snooze, current_run
+from sqlqueue.integrations.batches import batch_task
 from tests.harness import POLLING, SOON, outcomes, rows, value, wait_until, work
 
 ONCE = Retry(attempts=1)
@@ -27,7 +28,7 @@ def recording(queue: Queue, **given: Any) -> tuple[Any, list[list[int]]]:
     """A batch task that doubles numbers, and the batches it was called with."""
     batches: list[list[int]] = []
 
-    @queue.batch_task(name="double", **given)
+    @batch_task(queue, name="double", **given)
     def double(numbers: list[int]) -> list[int]:
         batches.append(numbers)
         return [2 * number for number in numbers]
@@ -70,7 +71,7 @@ def test_a_batch_is_not_larger_than_the_slots_of_the_worker(queue) -> None:
 
 
 def test_coroutines_and_columns_of_any_type_work_too(queue) -> None:
-    @queue.batch_task(name="total")
+    @batch_task(queue, name="total")
     async def total(items: list[Item], counts: list[int]) -> list[Item]:
         await asyncio.sleep(0)
         return [Item(one.name, one.price * n) for one, n in zip(items, counts, strict=True)]
@@ -90,7 +91,7 @@ def test_a_batch_is_no_run(queue, is_async) -> None:
     async def ask_async(numbers: list[int]) -> list[Any]:
         return ask(numbers)
 
-    job = queue.batch_task(name="t", retry=ONCE)(ask_async if is_async else ask).enqueue(1)
+    job = batch_task(queue, name="t", retry=ONCE)(ask_async if is_async else ask).enqueue(1)
     work(queue)
 
     assert job.refresh().error_type == "LookupError"
@@ -119,7 +120,7 @@ def test_each_answer_may_be_an_exception_of_its_own(queue, engine, is_async) -> 
     async def answer_async(words: list[str]) -> list[Any]:
         return answer(words)
 
-    task = queue.batch_task(name="t", retry=ONCE)(answer_async if is_async else answer)
+    task = batch_task(queue, name="t", retry=ONCE)(answer_async if is_async else answer)
     jobs = {word: task.enqueue(word) for word in ("ok", "fails", "snoozes", "cancels", "text")}
     odd = task.enqueue("unstorable")
     work(queue)
@@ -145,7 +146,7 @@ def test_without_an_answer_for_each_all_jobs_fail(queue, answers, error_type) ->
     def answer(words: list[str]) -> list[Any]:
         return answers(words)  # type: ignore[no-any-return]
 
-    task = queue.batch_task(name="t", retry=ONCE)(answer)
+    task = batch_task(queue, name="t", retry=ONCE)(answer)
     jobs = [task.enqueue(word) for word in "ab"]
     work(queue)
 
@@ -155,7 +156,7 @@ def test_without_an_answer_for_each_all_jobs_fail(queue, answers, error_type) ->
 def test_failed_jobs_of_a_batch_are_retried_and_the_others_are_not(queue, engine) -> None:
     batches: list[list[str]] = []
 
-    @queue.batch_task(name="t", retry=Retry(attempts=3, waits=[timedelta(0)]))
+    @batch_task(queue, name="t", retry=Retry(attempts=3, waits=[timedelta(0)]))
     def once(words: list[str]) -> list[Any]:
         batches.append(words)
         is_first = len(batches) == 1
@@ -197,7 +198,7 @@ def test_a_job_cancelled_while_it_is_collected_is_not_run(queue) -> None:
 def test_a_job_cancelled_in_a_running_batch_leaves_the_others_alone(queue) -> None:
     began, may_end = threading.Event(), threading.Event()
 
-    @queue.batch_task(name="t", size=2, wait=LONG)
+    @batch_task(queue, name="t", size=2, wait=LONG)
     def waits(numbers: list[int]) -> list[Any]:
         began.set()
         assert may_end.wait(10)
@@ -216,7 +217,7 @@ def test_a_job_cancelled_in_a_running_batch_leaves_the_others_alone(queue) -> No
 def test_a_job_whose_time_is_over_ends_alone_and_a_batch_that_nobody_awaits_is_stopped(queue):
     stopped = threading.Event()
 
-    @queue.batch_task(name="t", size=2, wait=LONG, retry=ONCE)
+    @batch_task(queue, name="t", size=2, wait=LONG, retry=ONCE)
     async def hangs(numbers: list[int]) -> list[int]:
         try:
             await asyncio.Event().wait()
@@ -280,9 +281,9 @@ def test_hooks_are_entered_for_each_run_of_a_batch(queue) -> None:
 @pytest.mark.parametrize(
     ("function", "given", "error"),
     [
-        (lambda: [], {}, "parameters with names"),
-        (lambda *numbers: [], {}, "parameters with names"),
-        (lambda numbers=(): [], {}, "parameters with names"),
+        (lambda: [], {}, "names and no defaults"),
+        (lambda *numbers: [], {}, "names and no defaults"),
+        (lambda numbers=(): [], {}, "names and no defaults"),
         (lambda numbers: [], {"executor": "process"}, "no process"),
         (lambda numbers: [], {"size": 0}, "size must be"),
         (lambda session, numbers: [], {"transactional": True}, "no transaction"),
@@ -290,4 +291,4 @@ def test_hooks_are_entered_for_each_run_of_a_batch(queue) -> None:
 )
 def test_a_batch_task_that_makes_no_sense_is_refused(queue, function, given, error) -> None:
     with pytest.raises((ValueError, BadArguments), match=error):
-        queue.batch_task(name="t", **given)(function)
+        batch_task(queue, name="t", **given)(function)

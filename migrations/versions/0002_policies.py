@@ -184,6 +184,20 @@ comment on column sqlqueue.unique_claim.ends_at_start
 """
 
 FUNCTIONS = r"""
+create function sqlqueue.gated(queues text[]) returns setof text
+language sql stable
+as $$
+    select queue
+    from unnest(queues) as queue
+    where exists (
+        select
+        from sqlqueue.policy
+        where scope = 'task' or (scope = 'queue' and name = queue)
+    )
+$$;
+comment on function sqlqueue.gated is
+    'Those of some queues in which jobs may have to wait under a policy';
+
 create function sqlqueue.gate(queue text, task text, key text)
 returns table (flow text, ageing interval, places bigint)
 language sql stable
@@ -928,7 +942,7 @@ def downgrade() -> None:
             " sqlqueue.take_keys, sqlqueue.is_held,"
             " sqlqueue.cancel, sqlqueue.cancel_unstarted, sqlqueue.set_policy, sqlqueue.gate_again,"
             " sqlqueue.admit, sqlqueue.take,"
-            " sqlqueue.judge, sqlqueue.room_in, sqlqueue.rank, sqlqueue.gate;"
+            " sqlqueue.judge, sqlqueue.room_in, sqlqueue.rank, sqlqueue.gate, sqlqueue.gated;"
             "drop table sqlqueue.policy, sqlqueue.share, sqlqueue.bucket, sqlqueue.turn,"
             " sqlqueue.admitted, sqlqueue.verdict, sqlqueue.unique_claim;"
         )

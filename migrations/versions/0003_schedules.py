@@ -136,6 +136,23 @@ $$;
 comment on function sqlqueue.run_schedule is
     'Enqueues the job of a schedule for an instant; null: it has been, or the queue is full';
 
+create function sqlqueue.due_schedules()
+returns table (
+    name text, cron text, every interval, tz text, missed text, next_at timestamptz,
+    now timestamptz
+)
+language sql volatile
+as $$
+    select name, cron, every, tz, missed, next_at, now()
+    from sqlqueue.schedule
+    where (next_at <= now() or next_at is null)
+      and (paused_at is null or resumes_at <= now())
+    order by next_at
+    limit 20
+    for update skip locked
+$$;
+comment on function sqlqueue.due_schedules is 'The schedules to be fired or planned, locked';
+
 create function sqlqueue.fire(
     name text, instants timestamptz[], next_at timestamptz, problem text
 ) returns bigint
@@ -400,7 +417,7 @@ def downgrade() -> None:
         in_schema(
             "drop function sqlqueue.promote, sqlqueue.rescue, sqlqueue.arm, sqlqueue.disarm,"
             " sqlqueue.lanes, sqlqueue.next_due, sqlqueue.set_schedules, sqlqueue.fire,"
-            " sqlqueue.run_schedule;"
+            " sqlqueue.run_schedule, sqlqueue.due_schedules;"
             "drop table sqlqueue.schedule, sqlqueue.tick;"
         )
     )

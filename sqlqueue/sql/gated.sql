@@ -4,10 +4,5 @@
 -- index   policy_pkey
 -- locks   nothing
 -- caller  Worker, with each sweep
-select served.queue
-from unnest(cast(:queues as text[])) as served (queue)
-where exists (
-    select
-    from sqlqueue.policy
-    where scope = 'task' or (scope = 'queue' and name = served.queue)
-)
+select queue
+from sqlqueue.gated(cast(:queues as text[])) as queue
