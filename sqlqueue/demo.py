@@ -29,7 +29,7 @@ from sqlalchemy import Connection, text
 from sqlalchemy.orm import Session
 
 from sqlqueue import Queue, Retry, WorkerOptions, current_run
-from sqlqueue.cli.supervisor import Supervisor
+from sqlqueue.cli.supervisor import Processes, Supervisor
 from sqlqueue.embedded import Server
 from sqlqueue.integrations.alembic import migrate
 from sqlqueue.process import SPAWN, die_with_parent
@@ -209,7 +209,7 @@ def _supervise(url: str, log: Path) -> None:
     die_with_parent()
     with log.open("ab") as file:
         os.dup2(file.fileno(), 2)  # stderr
-    Supervisor(partial(load, url), ["default"], WORKER, 2).run()
+    Supervisor(partial(load, url), ["default"], WORKER, Processes(2)).run()
 
 
 LIVE = "select coalesce(reason, state), count(*) from sqlqueue.live group by 1 order by 1"

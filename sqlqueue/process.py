@@ -169,13 +169,13 @@ def _find(address: str) -> "Task[..., Any]":
     return found
 
 
-def resident_bytes() -> int:
-    """Return the memory this process has now; where the system does not tell, its peak.
+def resident_bytes(pid: int | str = "self") -> int:
+    """Return the memory a process has now; where the system does not tell, the peak of this one.
 
     On Linux the peak will not do: a process inherits that of the parent that started it.
     """
     try:
-        pages = Path("/proc/self/statm").read_text("ascii").split()[1]
+        pages = Path(f"/proc/{pid}/statm").read_text("ascii").split()[1]
         return int(pages) * resource.getpagesize()
     except OSError:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -197,18 +197,21 @@ class Runs:
         self.held.clear()
 
     def tell(self, ended: Iterable[Ended]) -> None:
-        """Have the hooks of the application told how runs ended."""
-        for one in ended if self._queue.after_run else ():
-            self._hooks.submit(self._tell, one)
-
-    def _tell(self, ended: Ended) -> None:
-        for hook in self._queue.after_run:
-            try:
-                hook(ended)
-            except Exception:
-                log.exception("job %s: a hook of its run %d failed", ended.job_id, ended.run)
+        """Have the hooks of the application told, in a thread of theirs, how runs ended."""
+        if self._queue.after_run:
+            self._hooks.submit(tell, self._queue, list(ended))
 
     def stop(self) -> None:
         """End the executors."""
         for executor in self._executors.values():
             executor.stop()
+
+
+def tell(queue: "Queue", ended: Iterable[Ended]) -> None:
+    """Call the hooks of the application for each end of a run; log what they raise."""
+    for one in ended:
+        for hook in queue.after_run:
+            try:
+                hook(one)
+            except Exception:
+                log.exception("job %s: a hook of its run %d failed", one.job_id, one.run)

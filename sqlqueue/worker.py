@@ -237,6 +237,8 @@ class Worker:
             self._leave()
             return 0
         self.step()
+        if self.signs:
+            self.signs.held, self.signs.is_full = len(self.runs.held), self._room() <= 0
         return self._pause()
 
     def step(self) -> int:

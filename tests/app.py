@@ -17,8 +17,8 @@ from typing import Any
 from sqlalchemy import text
 from sqlalchemy.orm import Session
 
-from sqlqueue import Queue, Retry, WorkerOptions, current_run
-from sqlqueue.cli.supervisor import Supervisor
+from sqlqueue import Ended, Queue, Retry, WorkerOptions, current_run
+from sqlqueue.cli.supervisor import Processes, Supervisor
 from sqlqueue.store import Store
 
 queue = Queue(os.environ["SQLQUEUE_TEST_APP"])
@@ -31,9 +31,12 @@ def load() -> Queue:
     return queue
 
 
-def supervise(processes: int, names: tuple[str, ...], options: dict[str, Any]) -> None:
+def supervise(
+    processes: int | dict[str, Any], names: tuple[str, ...], options: dict[str, Any]
+) -> None:
     """Be the parent of worker processes."""
-    sys.exit(Supervisor(load, names, WorkerOptions(**options), processes).run())
+    given = processes if isinstance(processes, dict) else {"least": processes}
+    sys.exit(Supervisor(load, names, WorkerOptions(**options), Processes(**given)).run())
 
 
 def work(names: tuple[str, ...], options: dict[str, Any]) -> None:
@@ -155,3 +158,16 @@ def tell(word: str) -> None:
     """Log, and say how far it is."""
     logging.getLogger("shop").info("%s: begins", word)
     current_run().progress(50, word)
+
+
+@queue.task(name="hog")
+def hog(megabytes: int) -> int:
+    """Use memory of the worker process and keep it; return the id of the process."""
+    LEAKED.append(bytearray(b"x") * (megabytes << 20))
+    return os.getpid()
+
+
+def told(ended: Ended) -> None:
+    """Write down how a run ended: a hook for `after_run`."""
+    with queue.engine.begin() as conn:
+        conn.execute(NOTE, {"key": ended.outcome, "run": ended.run, "pid": os.getpid()})

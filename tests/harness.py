@@ -100,7 +100,7 @@ def program(url: str, code: str) -> Iterator[subprocess.Popen[bytes]]:
 
 
 @contextmanager
-def tree(url: str, processes: int = 1, *names: str, **options: Any) -> Iterator[int]:
+def tree(url: str, processes: Any = 1, *names: str, **options: Any) -> Iterator[int]:
     """Run a supervisor with worker processes; return its pid once all have registered."""
     code = f"app.supervise({processes}, {names or ('default',)!r}, {CLOCKS | options!r})"
     with program(url, code) as process:

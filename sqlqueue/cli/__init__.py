@@ -27,7 +27,7 @@ from sqlalchemy.orm import Session
 from sqlqueue import __version__
 from sqlqueue.cli.control import queues, schedules
 from sqlqueue.cli.jobs import jobs
-from sqlqueue.cli.supervisor import Supervisor
+from sqlqueue.cli.supervisor import Processes, Supervisor
 from sqlqueue.cli.words import (
     CONTEXT,
     FAILED,
@@ -41,6 +41,7 @@ from sqlqueue.cli.words import (
     failure,
     json_option,
     json_or_text,
+    numbers,
     option,
     seconds,
     setting,
@@ -183,7 +184,7 @@ def migrate(
 @main.command()
 @click.argument("queues", metavar="[QUEUE[:WEIGHT]...]", nargs=-1)
 @app_option
-@option("--processes", type=count, default=1, help="Worker processes.")
+@option("--processes", type=numbers, default="1", help="Worker processes: 4, or 1..4 as needed.")
 @option("--slots", type=count, default=WorkerOptions.slots, help="Jobs at a time, in each.")
 @option("--max-jobs", type=count, help="Stop after this many runs, in each.")
 @option("--drain", is_flag=True, help="Stop when there is nothing to run.")
@@ -195,10 +196,12 @@ def migrate(
 @option(
     "--child-jobs", type=count, default=WorkerOptions.child_runs, help="Runs of a child process."
 )
+@option("--max-age", type=duration, help="Replace worker processes that are as old.")
+@option("--max-rss", type=size, help="Replace those with more memory, such as 512M.")
 @option("--child-rss", type=size, help="Memory of a child process, such as 512M.")
 @option("--reload", is_flag=True, help="Start anew when Python files in this folder change.")
 @click.pass_context
-def worker(ctx: click.Context, /, queues: Sequence[str], processes: int, **given: Any) -> None:
+def worker(ctx: click.Context, /, queues: Sequence[str], **given: Any) -> None:
     """Run the jobs of some queues.
 
     Without QUEUE, of the queues that the tasks are for.
@@ -209,6 +212,8 @@ def worker(ctx: click.Context, /, queues: Sequence[str], processes: int, **given
     if given.pop("reload"):
         reload(given["grace"])
         ctx.exit(0)
+    limits = {"max_age": given.pop("max_age"), "max_bytes": given.pop("max_rss")}
+    processes = Processes(*given.pop("processes"), **limits)
     given["listen"] = not given.pop("no_listen")
     given["child_runs"] = given.pop("child_jobs")
     given["child_bytes"] = given.pop("child_rss")

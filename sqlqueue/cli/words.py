@@ -70,6 +70,15 @@ def size(text: str) -> int:
     return int(match[1]) << SIZES[match[2]]
 
 
+def numbers(text: str) -> tuple[int, int]:
+    """Read a number, or two such as 1..4, the lower one first."""
+    low, dots, high = text.partition("..")
+    with suppress(ValueError):
+        if 1 <= int(low) <= int(high if dots else low):
+            return int(low), int(high if dots else low)
+    raise click.BadParameter(f"{text!r} is no number above 0, or two such as 1..4")
+
+
 def json_or_text(word: str) -> Any:
     """Read a word as JSON if it is, as text if not."""
     with suppress(ValueError, RecursionError):
