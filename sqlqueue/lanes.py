@@ -77,14 +77,10 @@ class Lanes:
         if lane.queue in self.queues and lane not in self.floors:
             self.floors[lane] = Floor()
 
-    def known(self, queue: str, is_suspect: bool) -> list[int]:
-        """Return the priorities known of a queue, in order."""
-        mine = [lane for lane in self.floors if lane.queue == queue]
-        return sorted(lane.priority for lane in mine if lane.is_suspect == is_suspect)
-
     def in_queue(self, queue: str, is_suspect: bool) -> list[Lane]:
-        """Return the lanes known of a queue, in the order to look at them."""
-        return [Lane(queue, priority, is_suspect) for priority in self.known(queue, is_suspect)]
+        """Return the lanes known of a queue, in the order to look at them: by priority."""
+        mine = [lane for lane in self.floors if lane.queue == queue]
+        return sorted(lane for lane in mine if lane.is_suspect == is_suspect)
 
     def draw(self) -> list[str]:
         """Return the queues in the order to look at them this time."""

@@ -34,23 +34,19 @@ class Link:
         After an error of the database the connection is closed. Raises what the driver raises.
         """
         try:
-            driver = self._open()
+            if self._conn is None:
+                self._conn = self._engine.connect()
+                self._driver = driver_of(self._conn)
             # One round trip: a client-side cursor sends two statements as one text.
-            psycopg.ClientCursor(driver).execute(*self._store.begin(patience))
-            yield Driver(driver)
-            driver.commit()
+            psycopg.ClientCursor(self._driver).execute(*self._store.begin(patience))
+            yield Driver(self._driver)
+            self._driver.commit()
         except DatabaseError:
             self.close()
             raise
         except BaseException:
             self._driver.rollback()
             raise
-
-    def _open(self) -> psycopg.Connection[Any]:
-        if self._conn is None:
-            self._conn = self._engine.connect()
-            self._driver = driver_of(self._conn)
-        return self._driver
 
     def close(self) -> None:
         """Close the connection; the next transaction opens another."""

@@ -391,7 +391,8 @@ class Worker:
         store, only = self.queue.store, self.options.suspects == "only"
         self._gated = set() if only else store.gated(conn, self.lanes.names)
         for queue in self.lanes.names:
-            for lane in store.lanes(conn, queue, self.lanes.known(queue, only), only):
+            known = [lane.priority for lane in self.lanes.in_queue(queue, only)]
+            for lane in store.lanes(conn, queue, known, only):
                 self.lanes.add(lane)
             suspects = [] if only else store.lanes(conn, queue, [], True)
             for lane in suspects:
