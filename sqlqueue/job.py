@@ -72,7 +72,7 @@ class Job(Generic[R]):
             raise JobFailed(self.id, self.state, error, self.traceback)
         text = self._queue.cipher.open(self._row.result or "null")
         task = self._queue.tasks.get(self.task)
-        return cast(R, decode_value(text, task.returns if task else None))
+        return cast(R, decode_value(text, task.shape.returns if task else None))
 
     def wait(self, timeout: timedelta | None = None) -> R:
         """Wait until the job has ended and return its result.

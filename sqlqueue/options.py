@@ -19,6 +19,7 @@ from sqlqueue.retry import LONGEST, Retry
 
 NAME = re.compile(r"[A-Za-z0-9_.:-]{1,100}")
 MAX_HEADER_BYTES = 8 * 1024
+RANGES = {"priority": (-100, 100), "max_crashes": (1, 32767), "weight": (1, 1_000_000)}
 EXECUTORS = ("async", "thread", "process")
 # Options that are stored otherwise than in a column of the same name, as they are.
 DERIVED = {"retry", "expires", "tags", "headers", "weight", "unique", "log_level", "wait_if_full"}
@@ -77,8 +78,9 @@ class Options:
 
     def __post_init__(self) -> None:
         check_name("queue", self.queue)
-        if not -100 <= self.priority <= 100:
-            raise ValueError(f"priority must be from -100 to 100, got {self.priority}")
+        for name, (low, high) in RANGES.items():
+            if not low <= getattr(self, name) <= high:
+                raise ValueError(f"{name} must be from {low} to {high}, got {getattr(self, name)}")
         if self.delay is not None and self.run_at is not None:
             raise ValueError("give delay or run_at, not both")
         if self.delay is not None and not timedelta(0) <= self.delay <= LONGEST:
@@ -91,12 +93,8 @@ class Options:
                 raise ValueError(f"{name} must be before the year 9999")
         if self.timeout is not None and not timedelta(0) < self.timeout <= LONGEST:
             raise ValueError(f"timeout must be more than 0, or None, got {self.timeout}")
-        if not 1 <= self.max_crashes <= 32767:
-            raise ValueError(f"max_crashes must be from 1 to 32767, got {self.max_crashes}")
         if self.unique and self.unique.on_conflict == "debounce" and self.delay is None:
             raise ValueError("debounce puts off a delayed job: give it a delay")
-        if not 1 <= self.weight <= 1_000_000:
-            raise ValueError(f"weight must be from 1 to 1000000, got {self.weight}")
         if self.executor not in (None, *EXECUTORS):
             raise ValueError(f"executor must be one of {EXECUTORS}, got {self.executor!r}")
         self._check_words()

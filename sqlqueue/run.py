@@ -160,7 +160,7 @@ class Run:
 
     def succeeded(self, result: Any) -> Ended:
         """Describe the end of a run that returned `result`."""
-        text = encode_value(result, self.registered.returns)
+        text = encode_value(result, self.registered.shape.returns)
         kept = self.registered.queue.cipher.seal(text) if self.row.keep and text != "null" else None
         return self._ended("succeeded", None, result=kept)
 

@@ -4,16 +4,16 @@ A schedule is a row, declared in code or made at run time; workers read the row.
 is enqueued for each instant, however many workers look, since an instant is a primary key.
 """
 
-import json
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from itertools import islice, takewhile
 from typing import Any
 from zoneinfo import ZoneInfo
 
 from cronsim import CronSim, CronSimError
+from msgspec import Raw, json
 
 from sqlqueue.options import check_name
 
@@ -57,14 +57,13 @@ class Schedule:
     def to_json(self, name: str, call: Any) -> str:
         """Write a row of the table, for a Call."""
         params = call.options.params
-        row = asdict(self) | {
+        row = vars(self) | {
             "name": check_name("schedule", name),
             "task": call.task,
-            "args": json.loads(call.args),
+            "args": Raw(call.args.encode()),
             "options": {k: one for k, one in params.items() if one is not None or k == "timeout"},
-            "every": self.every and f"{self.every.total_seconds()} s",
         }
-        return json.dumps(row)
+        return json.encode(row).decode()
 
     def after(self, instant: datetime) -> Iterator[datetime]:
         """Yield the instants after an aware one, in UTC, in order, without end."""

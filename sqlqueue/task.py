@@ -68,11 +68,6 @@ class Task(Generic[P, R]):
     def __repr__(self) -> str:
         return f"Task({self.name!r})"
 
-    @property
-    def returns(self) -> Any:
-        """The return annotation, by which results are written and read."""
-        return self.shape.returns
-
     def using(
         self, transaction: Transaction | None = None, *, id: UUID | None = None, **options: Any
     ) -> "Task[P, R]":

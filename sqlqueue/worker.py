@@ -124,16 +124,15 @@ class Worker:
         self.heartbeat = Heartbeat(self)
         self.upkeep = Upkeep(self)
         self.listener = Listener(self)
-        parts: list[Part] = [
+        self._parts: list[Part] = [
             (self.heartbeat.beat, threading.Event(), self.heartbeat.link),
             (self.heartbeat.watch, threading.Event(), None),
             (self.upkeep.look, self.upkeep.wakes, self.upkeep.link),
             (self._turn, self._wakes, self._link),
         ]
         if self.options.listen:
-            parts.append((self.listener.listen, threading.Event(), None))
-        self._parts = parts
-        for part in parts:
+            self._parts.append((self.listener.listen, threading.Event(), None))
+        for part in self._parts:
             name = f"sqlqueue {part[0].__qualname__}"
             thread = threading.Thread(target=self._keep, args=part, name=name, daemon=True)
             thread.start()

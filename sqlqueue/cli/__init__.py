@@ -340,7 +340,7 @@ def call(ctx: click.Context, task: str, words: Sequence[str], pdb: bool) -> None
         if pdb:
             post_mortem(error.__traceback__)
         ctx.exit(FAILED)
-    click.echo(encode_value(result, known.returns))
+    click.echo(encode_value(result, known.shape.returns))
 
 
 def perform(queue: Queue, task: AnyTask, args: Args, kwargs: Kwargs) -> Any:
