@@ -11,6 +11,7 @@ import resource
 import signal
 import threading
 from contextlib import suppress
+from datetime import timedelta
 from multiprocessing import get_context, parent_process
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -34,10 +35,12 @@ class Child:
 
     max_runs   runs after which the process is replaced
     max_bytes  resident memory above which it is replaced after a run; None: no limit
+    max_age    time after which it is replaced after a run; None: no limit
     """
 
-    def __init__(self, max_runs: int, max_bytes: int | None) -> None:
+    def __init__(self, max_runs: int, max_bytes: int | None, max_age: timedelta | None) -> None:
         self._max_runs = max_runs
+        self._max_age = max_age.total_seconds() if max_age else float("inf")
         self._max_bytes = max_bytes
         self._process: Any = None
         self._pipe: Connection[Any, tuple[Ended | None, int]]
@@ -55,7 +58,8 @@ class Child:
         except (EOFError, OSError):
             return run.crashed(f"its process ended with exit code {self.close()}")
         self._runs += 1
-        if run.interrupted or self._runs >= self._max_runs or rss > (self._max_bytes or rss):
+        is_worn = self._runs >= self._max_runs or monotonic() > self._began + self._max_age
+        if run.interrupted or is_worn or rss > (self._max_bytes or rss):
             self.close()
         return run.stopped() if run.interrupted else ended
 
@@ -102,7 +106,7 @@ class Child:
         process.start()
         theirs.close()
         self._process = process
-        self._runs = 0
+        self._runs, self._began = 0, monotonic()
 
 
 def _kill_group(pid: int) -> None:

@@ -96,8 +96,8 @@ class Runs:
         if kind == "thread":
             in_thread = InThread(partial(Session, engine))
             return ThreadExecutor(slots, lambda: in_thread, self.done)
-        child = partial(Child, self._options.child_runs, self._options.child_bytes)
-        return ThreadExecutor(slots, child, self.done)
+        limits = (self._options.child_runs, self._options.child_bytes, self._options.child_age)
+        return ThreadExecutor(slots, partial(Child, *limits), self.done)
 
     def done(self, run: Run, ended: Ended | None) -> None:
         """Take note that a run has left its slot, and how it ended."""

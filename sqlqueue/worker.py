@@ -54,7 +54,8 @@ class WorkerOptions:
     name       for people
     suspects   jobs that took two workers down: run them "alone" when all else has ended,
                "never", or run "only" them
-    child_runs, child_bytes  runs, and resident memory, after which a child process is replaced
+    child_runs, child_bytes, child_age  runs, resident memory, and age, after which a child process
+               is replaced
     """
 
     slots: int = 20
@@ -68,6 +69,7 @@ class WorkerOptions:
     suspects: str = "alone"
     child_runs: int = 1000
     child_bytes: int | None = None
+    child_age: timedelta | None = None
 
     def __post_init__(self) -> None:
         if self.slots < 1:

@@ -275,6 +275,15 @@ def test_a_child_process_that_has_grown_is_replaced(app):
     assert after != large
 
 
+def test_a_child_process_that_has_grown_old_is_replaced(app):
+    pids = {}
+    for age in (timedelta(hours=1), timedelta(microseconds=1)):
+        with app.queue.worker("default", **POLLING, slots=1, child_age=age):
+            pids[age] = [app.process_id.enqueue().wait(SOON) for _ in range(2)]
+
+    assert [len(set(two)) for two in pids.values()] == [1, 2]
+
+
 def test_a_coroutine_runs_in_a_child_process(app):
     with app.queue.worker("default", **POLLING):
         assert app.async_in_process.enqueue().wait(SOON) != os.getpid()

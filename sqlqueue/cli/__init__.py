@@ -198,6 +198,7 @@ def migrate(
 )
 @option("--max-age", type=duration, help="Replace worker processes that are as old.")
 @option("--max-rss", type=size, help="Replace those with more memory, such as 512M.")
+@option("--child-age", type=duration, help="Age of a child process.")
 @option("--child-rss", type=size, help="Memory of a child process, such as 512M.")
 @option("--reload", is_flag=True, help="Start anew when Python files in this folder change.")
 @click.pass_context
