@@ -16,6 +16,10 @@ def array(items: Iterable[object]) -> str:
     items = list(items)
     if items.count(None) == len(items):
         return "{}"
+    text = "\0".join(map(str, items))  # which no item holds, or Postgres would refuse it
+    if None not in items and text.count("\0") == len(items) - 1:
+        escaped = text.replace("\\", "\\\\").replace('"', '\\"')
+        return '{"' + escaped.replace("\0", '","') + '"}'
     texts = [
         "NULL" if item is None else '"' + str(item).replace("\\", "\\\\").replace('"', '\\"') + '"'
         for item in items

@@ -10,7 +10,7 @@ from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar, copy_context
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from functools import cached_property, partial
+from functools import partial
 from time import monotonic
 from typing import Any
 from uuid import UUID
@@ -70,6 +70,7 @@ class Run:
     ran: float | None = None
     executor: Any = None
     handle: Any = None
+    _notes: Notes | None = None
 
     def __post_init__(self) -> None:
         self.key: tuple[str, int] = (self.row.job_id, self.row.run)
@@ -100,10 +101,11 @@ class Run:
         """Text that names this run and no other, for outside systems that refuse old ones."""
         return f"{self.key[0]}:{self.number}"
 
-    @cached_property
+    @property
     def notes(self) -> Notes:
         """What the run says while it runs."""
-        return Notes(self.key, self.said.add)
+        self._notes = self._notes or Notes(self.key, self.said.add)
+        return self._notes
 
     def progress(self, percent: float, note: str | None = None) -> None:
         """Say how far the run is; of what is said within a second, the last is kept.
@@ -219,8 +221,8 @@ class Run:
         self, outcome: str, wait: timedelta | None, *texts: str, result: str | None = None
     ) -> Ended:
         ran = None if self.started is None else monotonic() - self.started
-        if "notes" in vars(self):
-            self.notes.close()
+        if self._notes:
+            self._notes.close()
         return Ended(*self.key, outcome, wait, ran, result, *texts)
 
 
