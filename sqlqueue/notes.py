@@ -57,7 +57,7 @@ class Said:
     def taken(self) -> Iterator[str | None]:
         """Lend the lines, as the statement `log` takes them; None if there are none.
 
-        They come back if the database does not answer.
+        They come back if they cannot be written now; what is refused does not.
         """
         lines = [self._lines.popleft() for _ in range(len(self._lines))]
         latest = [self._progress.pop(key) for key in list(self._progress)]
@@ -65,7 +65,9 @@ class Said:
         rows = [{**line._asdict(), "age": now - line.at} for line in lines + latest]
         try:
             yield json.dumps(rows) if rows else None
-        except psycopg.OperationalError:
+        except psycopg.DataError:  # a line is refused, and would be for ever
+            raise
+        except BaseException:
             self._lines.extendleft(reversed(lines))
             for line in latest:
                 self._progress.setdefault((line.job_id, line.run), line)

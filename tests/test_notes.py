@@ -5,13 +5,15 @@ import json
 import logging
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from types import ModuleType
 from typing import Any
 
 import psycopg
 import pytest
 from sqlalchemy import Engine, text
+from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
 
 from sqlqueue import Retry, current_run
@@ -232,20 +234,24 @@ def test_who_has_set_up_no_logging_still_finds_warnings_on_stderr(
     assert capfd.readouterr().err.splitlines() == ["loud"]
 
 
-def failing(said: Said, error: type[Exception]) -> None:
+def failing(said: Said, error: Callable[[], Exception]) -> None:
     """Take the lines, say something meanwhile, and fail."""
     with said.taken():
         said.add(Line("j", 1, 3, 0.0, "PROGRESS", progress=2.0))
-        raise error
+        raise error()
 
 
-def test_lines_that_cannot_be_written_wait_and_those_refused_do_not() -> None:
+AWAY = [psycopg.OperationalError, partial(OperationalError, None, None, BaseException())]
+
+
+@pytest.mark.parametrize("error", AWAY, ids=["in use", "connecting"])
+def test_lines_that_cannot_be_written_wait_and_those_refused_do_not(error) -> None:
     said = Said()
     said.add(Line("j", 1, 1, 0.0, "INFO", message="kept"))
     said.add(Line("j", 1, 2, 0.0, "PROGRESS", progress=1.0))
 
-    with pytest.raises(psycopg.OperationalError):
-        failing(said, psycopg.OperationalError)
+    with pytest.raises((psycopg.OperationalError, OperationalError)):
+        failing(said, error)
     with said.taken() as waiting:
         kept = [(row["message"], row["progress"]) for row in json.loads(waiting)]
     said.add(Line("j", 1, 4, 0.0, "INFO", message="refused"))
