@@ -7,17 +7,19 @@ import asyncio
 import ctypes
 import logging
 import os
+import random
 import signal
 import subprocess
 import sys
 import threading
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 
 from sqlalchemy import text
 from sqlalchemy.orm import Session
 
-from sqlqueue import Ended, Queue, Retry, WorkerOptions, current_run
+from sqlqueue import Ended, Queue, Retry, Unique, UniqueKeyBusy, WorkerOptions, current_run
 from sqlqueue.cli.supervisor import Processes, Supervisor
 from sqlqueue.store import Store
 
@@ -171,3 +173,35 @@ def told(ended: Ended) -> None:
     """Write down how a run ended: a hook for `after_run`."""
     with queue.engine.begin() as conn:
         conn.execute(NOTE, {"key": ended.outcome, "run": ended.run, "pid": os.getpid()})
+
+
+@queue.task(name="once", unique=Unique(by=()))
+def once() -> None:
+    """Be the only unended job of its kind."""
+
+
+def enqueue_in_many_processes(processes: int, rounds: int) -> int:
+    """Enqueue `once` from processes that commit, roll back or die; return how many died."""
+    died = 0
+    for number in range(rounds):
+        pids = [os.fork() for _ in range(processes) if os.getpid() == PARENT]
+        if os.getpid() != PARENT:
+            enqueue_or_die(random.Random(f"{number} {os.getpid()}"))
+            os._exit(0)
+        died += sum(os.waitpid(pid, 0)[1] == signal.SIGKILL for pid in pids)
+    return died
+
+
+def enqueue_or_die(dice: random.Random) -> None:
+    """Enqueue `once` a few times; some transactions are rolled back, one may be the last."""
+    for _ in range(15):
+        with suppress(UniqueKeyBusy), queue.engine.connect() as conn, conn.begin() as transaction:
+            once.using(conn).enqueue()
+            fate = dice.random()
+            if fate < 0.05:
+                os.kill(os.getpid(), signal.SIGKILL)
+            if fate < 0.4:
+                transaction.rollback()
+
+
+PARENT = os.getpid()

@@ -11,7 +11,7 @@ import pytest
 from sqlalchemy import Engine, text
 
 from sqlqueue import DuplicateJob, IdOutOfRange, Job, Queue, Retry, Unique, UniqueKeyBusy
-from tests.harness import rows, value, wait_until, work
+from tests.harness import POLLING, load_app, program, rows, value, wait_until, work
 
 SECOND = timedelta(seconds=1)
 UNENDED = "select count(*) from sqlqueue.live"
@@ -273,6 +273,22 @@ def test_a_unique_key_has_one_unended_job(queue, engine, migrated_url) -> None:
     assert seen == []
     assert len(ended) > 1
     assert value(engine, "select count(*) from sqlqueue.job") >= len(ended)
+
+
+def test_a_unique_key_has_one_unended_job_though_processes_die_over_it(engine, migrated_url):
+    app = load_app(migrated_url)
+    twice: list[Any] = []
+    code = "import sys; sys.exit(app.enqueue_in_many_processes(16, 6) < 10)"
+
+    with app.queue.worker(**POLLING), program(migrated_url, code) as process:
+        while process.poll() is None:
+            twice += unended_twice(engine)
+        wait_until(lambda: value(engine, UNENDED) == 0)
+    app.queue.engine.dispose()
+
+    assert process.returncode == 0, "inconclusive: hardly any process died"
+    assert twice == []
+    assert value(engine, "select count(*) from sqlqueue.job") > 10
 
 
 def test_a_key_that_nobody_has_taken_for_long_is_forgotten_unless_it_is_held(queue, engine) -> None:
