@@ -159,7 +159,7 @@ class Worker:
         self.start()
         while not self.stopped.is_set():
             try:
-                self.stopped.wait()
+                self.stopped.wait(0.5)  # a signal may not wake it
             except KeyboardInterrupt:
                 self.stop()
         self.join()

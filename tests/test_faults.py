@@ -401,3 +401,17 @@ def test_no_acknowledged_job_is_lost(queue, engine, migrated_url, seconds):
     counts = rows(engine, "select key, count(*) from effect group by key having count(*) <> 1")
     assert counts == []
     assert value(engine, "select count(*) from effect") == len(acknowledged)
+
+
+def test_a_signal_that_reaches_another_thread_stops_a_worker_too(migrated_url) -> None:
+    # Python calls a handler in the main thread, which the system does not wake for it then.
+    code = (
+        "import signal, threading;"
+        f" worker = app.queue.worker('default', **{CLOCKS!r});"
+        " signal.signal(signal.SIGTERM, lambda *_: worker.stop());"
+        " raise_here = lambda: signal.pthread_kill(threading.get_ident(), signal.SIGTERM);"
+        " threading.Timer(0.5, raise_here).start();"
+        " worker.run()"
+    )
+    with program(migrated_url, code) as process:
+        assert process.wait(10) == 0
