@@ -66,6 +66,6 @@ class Listener:
         if hint == "cancel":
             self._worker.runs.cancel(subject)
         elif hint == "due":
-            self._worker.upkeep.wake()
+            self._worker.upkeep.wakes.set()
         else:
             self._worker.ring(Lane(subject, int(hint)))

@@ -101,13 +101,15 @@ class Runs:
 
     def done(self, run: Run, ended: Ended | None) -> None:
         """Take note that a run has left its slot, and how it ended."""
-        self.lingering.discard(run)
         self._end(run, ended)
+        self.lingering.discard(run)
 
     def _give_up(self, run: Run) -> None:
         """End a run that may go on for a while: it keeps its slot for as long."""
         if run.started is not None:
             self.lingering.add(run)
+        if run.is_over:  # it has left its slot just now
+            self.lingering.discard(run)
         self._end(run, run.stopped())
 
     def _end(self, run: Run, ended: Ended | None) -> None:

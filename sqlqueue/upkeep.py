@@ -24,7 +24,11 @@ TIDY_EVERY = 600.0
 
 
 class Upkeep:
-    """Has a thread and a connection of its own. `passes` counts its rounds."""
+    """Has a thread and a connection of its own.
+
+    passes  counts its rounds
+    wakes   set when something is due soon
+    """
 
     def __init__(self, worker: "Worker") -> None:
         self.passes = 0
@@ -37,10 +41,6 @@ class Upkeep:
         self._rescues = Sweeps(worker.options.ttl.total_seconds() / 6)
         self._tidies = Sweeps(TIDY_EVERY)
         self._has_declared = False
-
-    def wake(self) -> None:
-        """Look again now: something is due soon."""
-        self.wakes.set()
 
     def look(self) -> float:
         """Do what is due; return the seconds until there is more."""

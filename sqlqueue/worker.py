@@ -269,7 +269,7 @@ class Worker:
             return 0
         if self._bell.has_hung:
             self._bell.has_hung = False
-            self.upkeep.wake()  # what was scheduled before it hung there did not ring
+            self.upkeep.wakes.set()  # what was scheduled before it hung there did not ring
         self._forget(ended, finished, locked)
         for run, end in strays:
             self.runs.hold(run, end)
@@ -309,7 +309,7 @@ class Worker:
                 if one.ran is not None:
                     rans.append(one.ran)
                 if one.wait is not None and one.wait.total_seconds() < LOOK_EVERY:
-                    self.upkeep.wake()
+                    self.upkeep.wakes.set()
                 if says_all or one.outcome != "succeeded":
                     self._report(one)
         self.runs.tell(one for _, one in ended if one and one.job_id in finished)

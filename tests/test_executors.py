@@ -8,14 +8,15 @@ from collections.abc import Iterator
 from contextvars import ContextVar
 from datetime import timedelta
 from time import monotonic
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 from sqlalchemy import Engine
 from sqlalchemy.orm import Session
 
-from sqlqueue import Job, LeaseLost, Queue, Retry, current_run
+from sqlqueue import Ended, Job, LeaseLost, Queue, Retry, Run, WorkerOptions, current_run
+from sqlqueue.runs import Runs
 from tests.harness import (
     CLOCKS,
     POLLING,
@@ -252,6 +253,24 @@ def test_a_process_job_that_waits_for_a_slot_is_cancelled_without_a_start(app, e
 
 
 # Child processes
+
+
+def test_a_run_that_ends_just_as_it_is_given_up_leaves_its_slot(queue):
+    runs = Runs(queue, WorkerOptions(), lambda: None)
+    row = SimpleNamespace(job_id="j", run=1, failures=0, task="t", queue="q")
+    run = Run(row, None, queue.store, 0.0, runs.said, started=0.0)
+    runs.held[run.key] = run
+
+    class Late(set[Run]):
+        def add(self, given: Run) -> None:
+            runs.done(given, Ended(*given.key, "succeeded"))  # by the thread that ran it
+            super().add(given)
+
+    runs.lingering = Late()
+    runs.hand_back()
+
+    assert not runs.lingering
+    assert [ended.outcome for _, ended in runs.take_over()] == ["succeeded"]
 
 
 def test_a_child_process_is_replaced_after_its_runs(app):
