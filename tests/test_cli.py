@@ -511,6 +511,12 @@ def test_migrate_goes_up_and_down_and_says_where_it_is(bare: Any):
     assert bare("jobs", "list").exit_code == 4
 
 
+def test_only_what_migrates_waits_for_the_import_of_alembic():
+    code = "import sys, sqlqueue.__main__; sys.exit('alembic' in sys.modules)"
+
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
 def test_migrate_never_goes_the_other_way(bare: Any):
     bare("migrate")
     wrong = bare("migrate", "up", "base")

@@ -14,13 +14,11 @@ import traceback
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from datetime import timedelta
-from io import StringIO
 from pathlib import Path
 from pdb import post_mortem
 from typing import Any
 
 import click
-from alembic import command
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 from sqlalchemy.orm import Session
 
@@ -32,10 +30,8 @@ from sqlqueue.cli.words import (
     CONTEXT,
     FAILED,
     KEYWORD,
-    REVISION,
     Commands,
     app_option,
-    confirm,
     count,
     duration,
     failure,
@@ -54,9 +50,6 @@ from sqlqueue.cli.words import (
     yes_option,
 )
 from sqlqueue.codec import encode_call, encode_value
-from sqlqueue.integrations.alembic import LOCK_TIMEOUT, check, current, goes_down, head
-from sqlqueue.integrations.alembic import config as alembic_config
-from sqlqueue.integrations.alembic import migrate as move_to
 from sqlqueue.queue import Queue
 from sqlqueue.reports import Control, misuse
 from sqlqueue.task import Task
@@ -130,55 +123,24 @@ def bench(ctx: click.Context, quick: bool) -> None:
     ctx.exit(bench(url, quick=quick, as_json="json" in control.given))
 
 
-def script(schema: str, revisions: str, *, is_down: bool, lock_timeout: timedelta) -> str:
-    """Return the SQL that leads from one revision to another, `FROM:TO`; connects to nothing."""
-    made = alembic_config(schema, lock_timeout)
-    made.output_buffer = StringIO()
-    move = command.downgrade if is_down else command.upgrade
-    move(made, revisions, sql=True)
-    return made.output_buffer.getvalue()
-
-
 @main.command()
 @click.argument("action", type=click.Choice(["up", "down", "status"]), default="up")
 @click.argument("revision", required=False)
 @option("--sql", is_flag=True, help="Write the statements; connect to nothing.")
-@option("--lock-timeout", type=duration, default=seconds(LOCK_TIMEOUT), help="Then give up.")
+@option("--lock-timeout", type=duration, default="2s", help="Then give up.")
 @yes_option
 @json_option
 @click.pass_obj
-def migrate(
-    control: Control, /, action: str, revision: str | None, sql: bool, **given: Any
-) -> None:
+def migrate(control: Control, /, action: str, revision: str | None, **given: Any) -> None:
     """Bring the schema to a revision.
 
     Up to the newest, or down to nothing, unless REVISION says otherwise; with --sql it is
     FROM:TO. Going down drops jobs, so it asks. `status` exits 4 if this release cannot work on
     the schema.
     """
-    is_down, schema, lock_timeout = action == "down", control.schema.value, given["lock_timeout"]
-    if revision and not REVISION.fullmatch(revision):
-        raise click.UsageError(f"{revision} is no revision such as 0001, base or head")
-    if sql:
-        revisions = revision or ("head:base" if is_down else "base:head")
-        with misuse():
-            click.echo(script(schema, revisions, is_down=is_down, lock_timeout=lock_timeout))
-        return
-    engine = control.queue.engine
-    if action != "status":
-        revision = revision or ("base" if is_down else "head")
-        found = current(engine, schema)
-        if goes_down(found, revision) != is_down:
-            raise failure(
-                f"nothing was changed: {revision} is not {action} from {found or 'base'}", FAILED
-            )
-        if is_down and not given["yes"]:
-            confirm(f"Go down to {revision}, and drop the jobs in schema {schema}?")
-        move_to(engine, schema, revision, lock_timeout=lock_timeout)
-    row = {"schema": schema, "revision": current(engine, schema), "head": head()}
-    control.write(row, [row])
-    if action == "status":
-        check(engine, schema)
+    from sqlqueue.cli.schema import bring
+
+    bring(control, action, revision, **given)
 
 
 @main.command()
@@ -218,6 +180,8 @@ def worker(ctx: click.Context, /, queues: Sequence[str], **given: Any) -> None:
     given["listen"] = not given.pop("no_listen")
     given["child_runs"] = given.pop("child_jobs")
     given["child_bytes"] = given.pop("child_rss")
+    from sqlqueue.integrations.alembic import check
+
     load, queue = control.loader, control.queue
     with misuse():
         example = queue.worker(*queues, **given)

@@ -10,7 +10,6 @@ from typing import Any
 from uuid import UUID
 
 import click
-from alembic.util import CommandError
 from click.core import ParameterSource
 
 from sqlqueue.codec import encode_value
@@ -30,7 +29,6 @@ MOST = 10_000  # jobs that one command changes
 SECONDS = {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400}
 SIZES = {"": 0, "K": 10, "M": 20, "G": 30}  # powers of two
 KEYWORD = re.compile(r"([A-Za-z_]\w*)(:?=)(.*)", re.DOTALL)
-REVISION = re.compile(r"(head|base|\d{4})(:(head|base|\d{4}))?")
 
 # Words
 
@@ -104,7 +102,7 @@ class Commands(click.Group):
             return super().invoke(ctx)
         except (KeyboardInterrupt, click.Abort) as error:
             raise failure("interrupted", INTERRUPTED) from error
-        except (SqlqueueError, CommandError) as error:
+        except SqlqueueError as error:
             raise failure(str(error), CODES.get(type(error), FAILED)) from error
         except DatabaseError as error:
             raise database_failure(error, ctx.obj) from error

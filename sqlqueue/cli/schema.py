@@ -1,0 +1,77 @@
+"""What `sqlqueue migrate` does: apart from other commands, since Alembic takes long to import.
+
+Every worker process imports the command line as it starts.
+"""
+
+import re
+from datetime import timedelta
+from io import StringIO
+
+import click
+from alembic import command
+from alembic.util import CommandError
+
+from sqlqueue.cli.words import FAILED, confirm, failure
+from sqlqueue.integrations.alembic import check, config, current, goes_down, head, migrate
+from sqlqueue.reports import Control, misuse
+
+REVISION = re.compile(r"(head|base|\d{4})(:(head|base|\d{4}))?")
+
+
+def bring(
+    control: Control,
+    action: str,
+    revision: str | None,
+    *,
+    sql: bool,
+    lock_timeout: timedelta,
+    yes: bool,
+) -> None:
+    """Bring the schema up or down to a revision, and write where it is then.
+
+    With `sql`, write the statements instead.
+    """
+    if revision and not REVISION.fullmatch(revision):
+        raise click.UsageError(f"{revision} is no revision such as 0001, base or head")
+    is_down, schema = action == "down", control.schema.value
+    try:
+        if sql:
+            revisions = revision or ("head:base" if is_down else "base:head")
+            with misuse():
+                click.echo(script(schema, revisions, is_down=is_down, lock_timeout=lock_timeout))
+            return
+        if action != "status":
+            target = revision or ("base" if is_down else "head")
+            move(control, target, is_down=is_down, lock_timeout=lock_timeout, yes=yes)
+    except CommandError as error:
+        raise failure(str(error), FAILED) from error
+    engine = control.queue.engine
+    row = {"schema": schema, "revision": current(engine, schema), "head": head()}
+    control.write(row, [row])
+    if action == "status":
+        check(engine, schema)
+
+
+def move(
+    control: Control, revision: str, *, is_down: bool, lock_timeout: timedelta, yes: bool
+) -> None:
+    """Bring the schema to a revision that lies this way, having asked before going down."""
+    engine, schema = control.queue.engine, control.schema.value
+    found = current(engine, schema)
+    if goes_down(found, revision) != is_down:
+        way = "down" if is_down else "up"
+        raise failure(
+            f"nothing was changed: {revision} is not {way} from {found or 'base'}", FAILED
+        )
+    if is_down and not yes:
+        confirm(f"Go down to {revision}, and drop the jobs in schema {schema}?")
+    migrate(engine, schema, revision, lock_timeout=lock_timeout)
+
+
+def script(schema: str, revisions: str, *, is_down: bool, lock_timeout: timedelta) -> str:
+    """Return the SQL that leads from one revision to another, `FROM:TO`; connects to nothing."""
+    made = config(schema, lock_timeout)
+    made.output_buffer = StringIO()
+    move = command.downgrade if is_down else command.upgrade
+    move(made, revisions, sql=True)
+    return made.output_buffer.getvalue()
