@@ -174,7 +174,7 @@ def _find(address: str) -> "Task[..., Any]":
 
 
 def resident_bytes(pid: int | str = "self") -> int:
-    """Return the memory a process has now; where the system does not tell, the peak of this one.
+    """Return the memory a process has now; where the system does not tell, its peak or 0.
 
     On Linux the peak will not do: a process inherits that of the parent that started it.
     """
@@ -182,4 +182,4 @@ def resident_bytes(pid: int | str = "self") -> int:
         pages = Path(f"/proc/{pid}/statm").read_text("ascii").split()[1]
         return int(pages) * resource.getpagesize()
     except OSError:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss if pid == "self" else 0

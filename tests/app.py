@@ -6,12 +6,14 @@ The environment variable SQLQUEUE_TEST_APP names the database; tests/harness.py 
 import asyncio
 import ctypes
 import logging
+import multiprocessing
 import os
 import random
 import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
 from typing import Any
@@ -33,8 +35,18 @@ def load() -> Queue:
     return queue
 
 
+def load_slowly() -> Queue:
+    """Return the queue, in a worker process after two seconds."""
+    if multiprocessing.parent_process():
+        threading.Event().wait(2)
+    return queue
+
+
 def supervise(
-    processes: int | dict[str, Any], names: tuple[str, ...], options: dict[str, Any]
+    processes: int | dict[str, Any],
+    names: tuple[str, ...],
+    options: dict[str, Any],
+    load: Callable[[], Queue] = load,
 ) -> None:
     """Be the parent of worker processes."""
     given = processes if isinstance(processes, dict) else {"least": processes}

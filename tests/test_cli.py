@@ -1085,6 +1085,8 @@ def test_a_worker_keeps_to_its_queues_and_its_number_of_runs(shop: Shop):
         ("--processes", "1.."),
         ("--processes", "many"),
         ("--max-age", "old"),
+        ("--max-age", "0s"),
+        ("--max-rss", "0"),
         ("--child-rss", "much"),
     ],
     ids=" ".join,

@@ -176,7 +176,8 @@ def worker(ctx: click.Context, /, queues: Sequence[str], **given: Any) -> None:
         reload(given["grace"])
         ctx.exit(0)
     limits = {"max_age": given.pop("max_age"), "max_bytes": given.pop("max_rss")}
-    processes = Processes(*given.pop("processes"), **limits)
+    with misuse():
+        processes = Processes(*given.pop("processes"), **limits)
     given["listen"] = not given.pop("no_listen")
     given["child_runs"] = given.pop("child_jobs")
     given["child_bytes"] = given.pop("child_rss")

@@ -65,8 +65,10 @@ class Processes:
     shrink_after: timedelta = timedelta(seconds=30)
 
     def __post_init__(self) -> None:
-        if not 1 <= self.least <= (self.most or self.least):
+        if not 1 <= self.least <= (self.least if self.most is None else self.most):
             raise ValueError(f"need 1 or more processes, the lower number first, got {self}")
+        if self.max_age == timedelta(0) or self.max_bytes == 0:
+            raise ValueError(f"max_age and max_bytes must be more than 0, or None, got {self}")
 
 
 class _Child(NamedTuple):
@@ -153,10 +155,12 @@ class Supervisor:
         """Start another worker, or stop one, by the room that there is for jobs."""
         workers, slots = self._workers, self._options.slots
         count = len(workers) + len(self._starts)
-        if not all(child.signs.is_full for child in workers) or count > len(workers) or not count:
+        if self._starts or not workers or not all(child.signs.is_full for child in workers):
             self._had_room_at = now
-        if sum(child.signs.held for child in workers) > 0.8 * slots * (count - 1):
-            self._had_need_at = now
+        held = sum(child.signs.held for child in workers)
+        starts = self._starts or not all(child.signs.worker_id for child in workers)
+        if starts or held > 0.8 * slots * (count - 1):
+            self._had_need_at = now  # what starts is wanted
         full = now - self._had_room_at
         if full > self._processes.grow_after.total_seconds() and count < self._most:
             log.info("all %d worker processes are full: one more", count)
@@ -164,7 +168,8 @@ class Supervisor:
         spare = now - self._had_need_at
         if spare > self._processes.shrink_after.total_seconds() and count > self._processes.least:
             log.info("there is room in %d worker processes: one less", count)
-            self._retire(workers[-1])
+            # The youngest of those that have least to end: a job that outlasts grace starts anew.
+            self._retire(min(reversed(workers), key=lambda child: child.signs.held))
             self._had_need_at = now
 
     def _retire(self, child: _Child) -> None:
@@ -218,18 +223,23 @@ class Supervisor:
 
     def _renew(self, child: _Child, now: float) -> None:
         """Replace a worker process that is old or large."""
-        limit, age = self._processes.max_bytes, now - child.started_at
-        is_large = limit is not None and resident_bytes(child.process.pid) > limit
-        if age > RESTART_AFTER and (is_large or now > child.ends_at) and child in self._workers:
-            why = "large" if is_large else "old"
-            log.info("worker %d is %s: replaced", child.signs.worker_id, why)
+        age = now - child.started_at
+        if self._signals or age < RESTART_AFTER or child not in self._workers:
+            return
+        limit, size = self._processes.max_bytes, resident_bytes(child.process.pid)
+        is_large = limit is not None and size > limit
+        if child.signs.worker_id and (is_large or now > child.ends_at):
+            what = (child.signs.worker_id, age, size >> 20)
+            log.info("worker %d, %.0f s old, with %d MiB: replaced", *what)
             self._retire(child)
             self._starts.append(now)
 
     def _beat_for(self, child: _Child) -> None:
         try:
             with self._link.begin(self._options.ttl) as conn:
-                self._store.beat(conn, child.signs.worker_id)
+                is_alive = self._store.beat(conn, child.signs.worker_id)
+            if is_alive:
+                child.signs.is_full = True  # it takes no turns either; its next one says anew
         except DatabaseError as error:
             log.warning("no beat for worker %d: %s", child.signs.worker_id, error)
 
