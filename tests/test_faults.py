@@ -5,12 +5,10 @@ Clocks: beat 0.5 s, self-fence 2 s, ttl 3 s, poll 0.25 s.
 
 import asyncio
 import os
-import random
 import signal
 import threading
 from datetime import timedelta
 from time import monotonic
-from uuid import UUID
 
 import pytest
 from sqlalchemy import Engine
@@ -358,49 +356,6 @@ def test_a_lease_that_its_worker_does_not_know_of_is_handed_back(queue, engine):
     assert job.attempt == 1
     sql = "select extract(epoch from ended_at - started_at) from sqlqueue.run where run = 1"
     assert float(value(engine, sql)) < 3 * BEAT + 0.2
-
-
-# Everything at once
-
-
-@pytest.mark.parametrize(
-    "seconds",
-    [pytest.param(30, id="short"), pytest.param(60, id="long", marks=pytest.mark.nightly)],
-)
-def test_no_acknowledged_job_is_lost(queue, engine, migrated_url, seconds):
-    """Workers are killed at random: each job is executed, and its writes happen once."""
-    seed = 20261122
-    dice = random.Random(seed)
-    acknowledged: list[UUID] = []
-    kills = 0
-    with tree(migrated_url, 2, slots=4):
-        end = monotonic() + seconds
-        strike = monotonic() + 2
-        while monotonic() < end:
-            for _ in range(3):
-                key = str(len(acknowledged))
-                job = queue.using(max_crashes=1000).send("write", key, dice.uniform(0, 0.1))
-                acknowledged.append(job.id)
-            if monotonic() > strike and (alive := workers(engine)):
-                victim = alive[dice.choice(sorted(alive))]
-                if is_alive(victim):
-                    os.kill(victim, signal.SIGKILL)
-                    kills += 1
-                strike = monotonic() + dice.uniform(0.3, 1)
-            threading.Event().wait(0.05)
-        drained = "select count(*) from sqlqueue.live"
-        wait_until(lambda: value(engine, drained) == 0, within=45, what="all jobs to end")
-
-    crashed = value(engine, "select count(*) from sqlqueue.run where outcome = 'crashed'")
-    print(f"seed {seed}: {len(acknowledged)} jobs, {kills} kills, {crashed} crashed runs")
-    assert kills >= 3, "inconclusive: hardly anybody was killed"
-    assert crashed, "inconclusive: nobody was killed at work"
-    succeeded = "select count(*) from sqlqueue.jobs where state = 'succeeded'"
-    assert value(engine, succeeded) == len(acknowledged)
-    assert value(engine, "select count(*) from sqlqueue.run where is_final") == len(acknowledged)
-    counts = rows(engine, "select key, count(*) from effect group by key having count(*) <> 1")
-    assert counts == []
-    assert value(engine, "select count(*) from effect") == len(acknowledged)
 
 
 def test_a_signal_that_reaches_another_thread_stops_a_worker_too(migrated_url) -> None:

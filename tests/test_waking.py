@@ -1,6 +1,5 @@
 """How an idle worker hears of a job: the bell, and the poll that finds what no bell rang for."""
 
-import asyncio
 import logging
 import threading
 from collections.abc import Iterator
@@ -11,12 +10,13 @@ from typing import Any
 
 import psycopg
 import pytest
-from sqlalchemy import URL, Engine, create_engine, make_url, text
+from sqlalchemy import Engine, create_engine, text
 from sqlalchemy.exc import NotSupportedError
 
 from sqlqueue import Job, Queue, Task
 from sqlqueue.embedded import Server
 from sqlqueue.integrations.alembic import migrate
+from tests.faults.proxy import Proxy
 from tests.harness import CLOCKS, SOON, rows, value, wait_until
 
 POLL = timedelta(seconds=1)
@@ -213,61 +213,10 @@ def test_a_job_committed_late_is_found_while_its_lane_is_busy(engine, queue, tas
     assert took < 2
 
 
-class Pooler:
-    """A proxy that swallows notifications, as a pooler in transaction mode does."""
-
-    def __init__(self, url: str) -> None:
-        self._server = make_url(url)
-        self._loop = asyncio.new_event_loop()
-        self._tasks: set[asyncio.Task[None]] = set()
-
-    def __enter__(self) -> URL:
-        starting = asyncio.start_server(self._serve, "127.0.0.1", 0)
-        self._listener = self._loop.run_until_complete(starting)
-        port = self._listener.sockets[0].getsockname()[1]
-        self._thread = threading.Thread(target=self._loop.run_forever)
-        self._thread.start()
-        plain = {"sslmode": "disable", "gssencmode": "disable"}
-        return self._server.set(host="127.0.0.1", port=port).update_query_dict(plain)
-
-    def __exit__(self, *_: object) -> None:
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        for task in self._tasks:
-            task.cancel()
-        self._loop.run_until_complete(asyncio.gather(*self._tasks, return_exceptions=True))
-        self._listener.close()
-        self._loop.close()
-
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        assert self._server.host
-        upstream = await asyncio.open_connection(self._server.host, self._server.port)
-        for pump in (self._pass_on(reader, upstream[1]), self._filter(upstream[0], writer)):
-            task = self._loop.create_task(pump)
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
-
-    async def _pass_on(self, source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
-        while some := await source.read(65536):
-            sink.write(some)
-        sink.close()
-
-    async def _filter(self, source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
-        """Messages of the server are a letter, a length that counts itself, and a body."""
-        try:
-            while True:
-                head = await source.readexactly(5)
-                body = await source.readexactly(int.from_bytes(head[1:], "big") - 4)
-                if head[:1] != b"A":  # NotificationResponse
-                    sink.write(head + body)
-        except asyncio.IncompleteReadError:
-            sink.close()
-
-
 def test_a_worker_behind_a_pooler_polls(engine, migrated_url, caplog):
     caplog.set_level(logging.INFO)
-    with Pooler(migrated_url) as url:
-        queue = Queue(url)
+    with Proxy(migrated_url, drops_notifications=True) as pooler:
+        queue = Queue(pooler.url)
 
         @queue.task(name="nothing")
         def nothing() -> None: ...

@@ -1,0 +1,30 @@
+"""Private clusters and tables of the fault tests."""
+
+from collections.abc import Iterator
+
+import pytest
+from sqlalchemy import Engine, create_engine
+
+from sqlqueue.integrations.alembic import migrate
+from tests.faults.cluster import Cluster
+from tests.faults.history import request_table
+from tests.harness import application_table
+
+
+@pytest.fixture
+def cluster() -> Iterator[Cluster]:
+    """A durable cluster of the test's own, with a migrated database."""
+    with Cluster() as cluster:
+        engine = create_engine(cluster.url)
+        migrate(engine)
+        application_table(engine)
+        request_table(engine)
+        engine.dispose()
+        yield cluster
+
+
+@pytest.fixture
+def tables(engine: Engine) -> None:
+    """The application's tables in the shared database, empty."""
+    application_table(engine)
+    request_table(engine)
