@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from sqlalchemy import Connection, Engine, create_engine, make_url, text
@@ -16,6 +17,7 @@ from sqlqueue import Queue
 from sqlqueue.embedded import Server
 from sqlqueue.integrations.alembic import migrate
 from sqlqueue.store import Store
+from tests.faults.results import Recorder
 
 # Who is started in the background ignores these, and so would all that tests start and interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -37,6 +39,12 @@ def container_engine_answers() -> bool:
         return False
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Write down the results of the bars, if SQLQUEUE_BARS says where."""
+    if file := os.environ.get("SQLQUEUE_BARS"):
+        config.pluginmanager.register(Recorder(Path(file)), "bars")
+
+
 @pytest.fixture(scope="session")
 def server_url() -> Iterator[str]:
     """The url of a database of a server on which we may create others."""
@@ -55,10 +63,13 @@ def server_url() -> Iterator[str]:
 
 
 @pytest.fixture(scope="session")
-def create_database(server_url: str) -> Iterator[object]:
+def create_database(server_url: str, request: pytest.FixtureRequest) -> Iterator[object]:
     """A function that makes an empty database and returns its url; dropped at the end."""
     admin = create_engine(server_url, isolation_level="AUTOCOMMIT")
     made: list[str] = []
+    if recorder := request.config.pluginmanager.get_plugin("bars"):
+        with admin.connect() as conn:
+            recorder.postgres = conn.scalar(text("show server_version"))
 
     def create() -> str:
         name = f"sqlqueue_test_{os.getpid()}_{len(made)}"

@@ -73,7 +73,7 @@ def watched(engine: Engine, limit: int) -> Iterator[None]:
     "seconds",
     [pytest.param(20, id="short"), pytest.param(60, id="long", marks=pytest.mark.nightly)],
 )
-def test_a_concurrency_limit_is_never_exceeded(queue, engine, migrated_url, seconds):
+def test_r30_a_concurrency_limit_is_never_exceeded(queue, engine, migrated_url, seconds):
     """Eight claimers share five places; some are killed. All places are in use again in time."""
     limit, dice = 5, random.Random(SEED)
     queue.set_policy(Policy(concurrency=limit), queue="few")
@@ -214,7 +214,7 @@ def test_shares_are_kept_by_workers(queue, engine):
     "seconds",
     [pytest.param(12, id="short"), pytest.param(60, id="long", marks=pytest.mark.nightly)],
 )
-def test_a_schedule_fires_once_per_instant(queue, engine, migrated_url, seconds):
+def test_r29_a_schedule_fires_once_per_instant(queue, engine, migrated_url, seconds):
     """Three workers look after three schedules; one after another is killed or stands still."""
     dice = random.Random(SEED)
     call = queue.task(name="process_id")(lambda: None).s()

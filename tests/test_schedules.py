@@ -2,7 +2,7 @@
 
 import random
 from datetime import UTC, datetime, timedelta
-from itertools import islice, pairwise
+from itertools import islice, pairwise, product
 from typing import Any
 from zoneinfo import ZoneInfo, available_timezones
 
@@ -131,7 +131,7 @@ def expected(zone: ZoneInfo, hour: int, minute: int, begin: datetime, end: datet
 
 
 @pytest.mark.parametrize("zone", random.Random(40).sample(ZONES, 40))
-def test_every_change_of_clocks_is_as_the_wall_shows_it(zone) -> None:
+def test_r29_every_change_of_clocks_is_as_the_wall_shows_it(zone) -> None:
     tz, dice = ZoneInfo(zone), random.Random(zone)
     changes = transitions(tz)
     assert len(changes) >= 2
@@ -143,6 +143,24 @@ def test_every_change_of_clocks_is_as_the_wall_shows_it(zone) -> None:
         found = [at for at in islice(schedule.after(begin), 5) if at < end]
 
         assert found == expected(tz, at.hour, at.minute, begin, end), (change, schedule.cron)
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(1800)
+def test_r29_every_line_is_as_the_wall_shows_it_at_every_change_of_clocks() -> None:
+    # 60 daily lines, as near to the changes as dice put them, at each change of every zone.
+    dice, looked = random.Random(29), 0
+    minutes = [dice.choice([dice.randrange(-180, 181), -60, -1, 0, 1, 60]) for _ in range(60)]
+    for zone in ZONES:
+        tz = ZoneInfo(zone)
+        for change, offset in product(transitions(tz)[::7], minutes):
+            begin, end = change - timedelta(hours=30), change + timedelta(hours=30)
+            at = change.astimezone(tz) + timedelta(minutes=offset)
+            schedule = Schedule(cron=f"{at.minute} {at.hour} * * *", tz=zone)
+            found = [at for at in islice(schedule.after(begin), 5) if at < end]
+            assert found == expected(tz, at.hour, at.minute, begin, end), (change, schedule.cron)
+            looked += 1
+    print(f"{looked} lines in {len(ZONES)} zones")
 
 
 @pytest.mark.parametrize(
@@ -169,7 +187,7 @@ def test_a_schedule_that_makes_no_sense_is_refused(wrong) -> None:
 @pytest.mark.parametrize(
     ("missed", "fired"), [("latest", ["12:04"]), ("all", ["12:01", "12:02", "12:03", "12:04"])]
 )
-def test_after_a_pause_of_all_workers_what_was_missed_is_made_up_for(missed, fired) -> None:
+def test_r29_after_a_pause_of_all_workers_what_was_missed_is_made_up_for(missed, fired) -> None:
     schedule = Schedule(cron="* * * * *", missed=missed)
 
     found, following = schedule.due(NOON + MINUTE, NOON + 4.5 * MINUTE)
@@ -223,7 +241,7 @@ def test_a_declared_schedule_enqueues_its_task_by_itself(queue, engine) -> None:
     assert value(engine, "select next_at > now() from sqlqueue.schedule")
 
 
-def test_an_instant_makes_one_job_however_often_it_is_due(queue, engine) -> None:
+def test_r29_an_instant_makes_one_job_however_often_it_is_due(queue, engine) -> None:
     @queue.schedule("@yearly")
     @queue.task(name="greet")
     def greet() -> None: ...

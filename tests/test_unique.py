@@ -11,7 +11,7 @@ import pytest
 from sqlalchemy import Engine, text
 
 from sqlqueue import DuplicateJob, IdOutOfRange, Job, Queue, Retry, Unique, UniqueKeyBusy
-from tests.harness import POLLING, load_app, program, rows, value, wait_until, work
+from tests.harness import POLLING, SOON, load_app, program, rows, value, wait_until, work
 
 SECOND = timedelta(seconds=1)
 UNENDED = "select count(*) from sqlqueue.live"
@@ -220,7 +220,7 @@ def test_a_refused_enqueue_takes_no_key(queue, engine) -> None:
     assert value(engine, "select count(*) from sqlqueue.unique_claim") == 0
 
 
-def test_waiting_for_a_stranger_ends_in_a_typed_error(queue, engine) -> None:
+def test_r31_waiting_for_a_stranger_ends_in_a_typed_error(queue, engine) -> None:
     greet = greeter(queue, Unique())
     with queue.engine.connect() as stranger, stranger.begin():
         theirs = greet.using(stranger).enqueue("a")
@@ -233,6 +233,23 @@ def test_waiting_for_a_stranger_ends_in_a_typed_error(queue, engine) -> None:
     assert greet.enqueue("a").id == theirs.id
 
 
+def test_r31_no_turn_waits_for_a_key_that_a_stranger_holds(queue, engine) -> None:
+    # Not where the job that has the key is claimed and ends, nor where one that has ended had it.
+    greet = greeter(queue, Unique())
+    first = greet.enqueue("a")
+    with queue.engine.connect() as stranger, stranger.begin():
+        stranger.execute(text("select * from sqlqueue.unique_claim for update"))
+        with queue.worker(**POLLING):
+            first.wait(SOON)
+            greet.using(unique=None).enqueue("a").wait(SOON)
+        waited = "select count(*) from pg_stat_activity where wait_event_type = 'Lock'"
+        assert value(engine, waited) == 0
+        with pytest.raises(UniqueKeyBusy):
+            greet.enqueue("a")
+
+    assert greet.enqueue("a").id != first.id
+
+
 def unended_twice(engine: Engine) -> list[Any]:
     """The keys that more than one unended job has."""
     return rows(
@@ -242,7 +259,7 @@ def unended_twice(engine: Engine) -> list[Any]:
     )
 
 
-def test_a_unique_key_has_one_unended_job(queue, engine, migrated_url) -> None:
+def test_r31_a_unique_key_has_one_unended_job(queue, engine, migrated_url) -> None:
     # Transactions that commit, roll back and are killed, while a worker ends the jobs there are.
     greet = greeter(queue, Unique())
     seen: list[Any] = []
@@ -275,7 +292,7 @@ def test_a_unique_key_has_one_unended_job(queue, engine, migrated_url) -> None:
     assert value(engine, "select count(*) from sqlqueue.job") >= len(ended)
 
 
-def test_a_unique_key_has_one_unended_job_though_processes_die_over_it(engine, migrated_url):
+def test_r31_a_unique_key_has_one_unended_job_though_processes_die_over_it(engine, migrated_url):
     app = load_app(migrated_url)
     twice: list[Any] = []
     code = "import sys; sys.exit(app.enqueue_in_many_processes(16, 6) < 10)"
