@@ -9,6 +9,7 @@ import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from sqlalchemy import Connection, Engine, create_engine, make_url, text
@@ -43,6 +44,16 @@ def pytest_configure(config: pytest.Config) -> None:
     """Write down the results of the bars, if SQLQUEUE_BARS says where."""
     if file := os.environ.get("SQLQUEUE_BARS"):
         config.pluginmanager.register(Recorder(Path(file)), "bars")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Any:
+    """Have what tests log in text that is no UTF-8 not end the process that they run in."""
+    report = yield
+    report.sections = [
+        (name, text.encode(errors="replace").decode()) for name, text in report.sections
+    ]
+    return report
 
 
 @pytest.fixture(scope="session")

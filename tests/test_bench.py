@@ -14,6 +14,8 @@ from sqlqueue.bench import LONG, MEASURES, measure
 from sqlqueue.bench.figure import Figure, in_turn, percentile
 from sqlqueue.bench.measures import QUICK
 
+pytestmark = pytest.mark.alone
+
 TINY = replace(
     QUICK, pairs=1, seconds=0.05, bulk=2000, drained=1500, in_processes=30, samples=5, pinned=320
 )

@@ -11,6 +11,8 @@ import sqlqueue
 from sqlqueue import IdOutOfRange, Queue
 from sqlqueue.literal import new_id
 
+pytestmark = pytest.mark.alone
+
 HOUR = timedelta(hours=1)
 # The clocks of a machine, as Python reads them.
 CLOCKS = {("time", "time"), ("time", "time_ns"), ("datetime", "now"), ("datetime", "utcnow")}

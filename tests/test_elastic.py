@@ -26,6 +26,8 @@ from tests.harness import (
     workers,
 )
 
+pytestmark = pytest.mark.alone
+
 QUICK: dict[str, Any] = {
     "grow_after": timedelta(seconds=0.3),
     "shrink_after": timedelta(seconds=0.5),

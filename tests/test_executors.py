@@ -32,6 +32,8 @@ from tests.harness import (
     wait_until,
 )
 
+pytestmark = pytest.mark.alone
+
 ONCE = Retry(attempts=1)
 PATIENCE = TTL.total_seconds() / 6  # of a worker with a run that goes on after its end
 LIMIT = timedelta(seconds=0.3)

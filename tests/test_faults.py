@@ -31,7 +31,7 @@ from tests.harness import (
     workers,
 )
 
-pytestmark = pytest.mark.timeout(90)
+pytestmark = [pytest.mark.timeout(90), pytest.mark.alone]
 BEAT = TTL.total_seconds() / 6
 
 

@@ -34,7 +34,7 @@ from tests.harness import (
     workers,
 )
 
-pytestmark = pytest.mark.timeout(180)
+pytestmark = [pytest.mark.timeout(180), pytest.mark.alone]
 SECOND = timedelta(seconds=1)
 SEED = 20261123
 RUNNING = "select count(*) from sqlqueue.lease where queue = 'few'"

@@ -40,6 +40,7 @@ def queue_on(url: str, name: str) -> Queue:
 @pytest.fixture
 def waiting(migrated_url: str, engine: Engine) -> Iterator[Queue]:
     """A queue that only enqueues and waits; when the test is over it has left nothing behind."""
+    wait_until(lambda: threads() == 0, what="the end of what an earlier test waited with")
     queue = queue_on(migrated_url, NAME)
     yield queue
     queue.engine.dispose()

@@ -19,6 +19,8 @@ from sqlqueue.integrations.alembic import migrate
 from tests.faults.proxy import Proxy
 from tests.harness import CLOCKS, SOON, rows, value, wait_until
 
+pytestmark = pytest.mark.alone
+
 POLL = timedelta(seconds=1)
 PATIENT = CLOCKS | {"poll": timedelta(seconds=20)}  # only a bell wakes it in time
 LATE = 0.3  # seconds that a start may come after a poll

@@ -11,6 +11,8 @@ from tests.faults.history import Enqueuers
 from tests.faults.nemesis import Nemesis
 from tests.harness import is_alive, tree, value, wait_until, workers
 
+pytestmark = pytest.mark.alone
+
 SEEDS = [
     pytest.param(20261123, 25, id="short"),
     *(pytest.param(seed, 60, id=f"long {seed}", marks=pytest.mark.nightly) for seed in range(10)),

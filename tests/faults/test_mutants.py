@@ -14,6 +14,8 @@ import pytest
 
 from tests.faults import mutants
 
+pytestmark = pytest.mark.alone
+
 ROOT = Path(__file__).parents[2]
 COPIED = ("sqlqueue", "migrations", "tests", "docs", "alembic.ini", "pyproject.toml", "README.md")
 NAMES = sorted(module.name for module in pkgutil.iter_modules(mutants.__path__))
