@@ -24,6 +24,7 @@ from tests.faults.results import Recorder
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
+VERSION = pytest.StashKey[str]()
 TABLES = (
     "job", "ready", "waiting", "scheduled", "lease", "run", "worker", "queue", "doorbell",
     "cancel_request", "policy", "share", "bucket", "turn", "admitted", "unique_claim",
@@ -48,8 +49,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Any:
-    """Have what tests log in text that is no UTF-8 not end the process that they run in."""
+    """Say with which Postgres; leave no text that is no UTF-8, which xdist could not pass on."""
     report = yield
+    if version := item.config.stash.get(VERSION, ""):
+        report.user_properties.append(("postgres", version))
     report.sections = [
         (name, text.encode(errors="replace").decode()) for name, text in report.sections
     ]
@@ -78,9 +81,8 @@ def create_database(server_url: str, request: pytest.FixtureRequest) -> Iterator
     """A function that makes an empty database and returns its url; dropped at the end."""
     admin = create_engine(server_url, isolation_level="AUTOCOMMIT")
     made: list[str] = []
-    if recorder := request.config.pluginmanager.get_plugin("bars"):
-        with admin.connect() as conn:
-            recorder.postgres = conn.scalar(text("show server_version"))
+    with admin.connect() as conn:
+        request.config.stash[VERSION] = conn.scalar(text("show server_version")) or ""
 
     def create() -> str:
         name = f"sqlqueue_test_{os.getpid()}_{len(made)}"

@@ -1,21 +1,24 @@
 """The results of the bars: written down by each run that asks for it, shown as a page of docs/.
 
-A run with SQLQUEUE_BARS=FILE adds what it found to that JSON file: for each bar and tier the
-verdict, date, commit, version of Postgres, and what the test printed (its figures and seed). A
-result counts for the code it was found with: the trees of sqlqueue/ and migrations/. As a program
-it writes the page: `python -m tests.faults.results docs/bars.json docs/bars.md`.
+A run with SQLQUEUE_BARS=FILE adds to that JSON file what each test of a bar found: verdict, date,
+commit, version of Postgres, and what it printed last (its figures and seed). A result counts for
+the code it was found with: the trees of sqlqueue/ and migrations/. As a program it writes the
+page: `python -m tests.faults.results docs/bars.json docs/bars.md`; or, with one file, it says
+which bars of CI are missing there or not green, and fails if there are such.
 """
 
 import json
 import re
 import subprocess
 import sys
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from sqlqueue.embedded import Binaries, find_binaries
 
 ROOT = Path(__file__).parents[2]
 BARS = {
@@ -61,25 +64,31 @@ BARS = {
     40: "mutants: each breaks its bar",
 }
 TIERS = ("CI", "nightly")
+SAID = 400  # characters of what its tests said that the page shows of a bar
+# In the long form alone; all others are in CI too.
+ONLY_NIGHTLY = {13, 15, 16, 17, 19, 20, 24, 28, 33, 35, 37, 39}
+# In the short form alone.
+ONLY_CI = {3, 4, 5, 7, 8, 9, 11, 12, 18, 22, 23, 26, 27, 31, 34, 36}
 
 
-@dataclass
+@dataclass(frozen=True)
 class Result:
-    """What a run found of one bar in one tier.
+    """What a run found with one test of a bar.
 
     verdict   green, red, or inconclusive, which counts as red
     code      the trees of sqlqueue/ and migrations/ it was found with
-    said      what its tests printed
+    said      the last line that the test printed
     """
 
+    bar: int
+    tier: str
     verdict: str
-    tests: int
     seconds: float
     date: str
     commit: str
     code: str
     postgres: str
-    said: list[str]
+    said: str
 
 
 class Recorder:
@@ -89,37 +98,33 @@ class Recorder:
         self._file = file
         self._found: dict[str, Result] = {}
         self._commit, self._code = commit(), code()
-        self.postgres = "unknown"
+        self._usual = Binaries.read(find_binaries()[0]).version  # of a test's own servers
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Take down one phase of a test, if it belongs to a bar."""
         match = re.search(r"::test_r(\d\d)_", report.nodeid)
         if not match or (report.when != "call" and report.passed):
             return
-        tier = TIERS["nightly" in report.keywords]
-        fresh = Result("green", 0, 0, today(), self._commit, self._code, "", [])
-        result = self._found.setdefault(f"R{int(match[1])} {tier}", fresh)
-        result.tests += 1
-        result.seconds = round(result.seconds + report.duration, 1)
         said = [line for line in report.capstdout.splitlines() if line.strip()]
-        result.said += said[-1:]
-        if not report.passed:
-            is_unsure = "inconclusive" in report.longreprtext
-            result.verdict = "inconclusive" if is_unsure else "red"
+        is_unsure = not report.passed and "inconclusive" in report.longreprtext
+        self._found[report.nodeid] = Result(
+            bar=int(match[1]),
+            tier=TIERS["nightly" in report.keywords],
+            verdict="green" if report.passed else "inconclusive" if is_unsure else "red",
+            seconds=round(report.duration, 1),
+            date=datetime.now(UTC).date().isoformat(),
+            commit=self._commit,
+            code=self._code,
+            postgres=dict(report.user_properties).get("postgres", self._usual),
+            said=said[-1] if said else "",
+        )
 
     def pytest_sessionfinish(self) -> None:
         """Add the results to the file."""
-        known = json.loads(self._file.read_text()) if self._file.exists() else {}
-        known |= {
-            name: asdict(replace(result, postgres=self.postgres))
-            for name, result in self._found.items()
-        }
-        self._file.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n")
-
-
-def today() -> str:
-    """Return the date, in UTC."""
-    return datetime.now(UTC).date().isoformat()
+        if self._found:
+            known = json.loads(self._file.read_text()) if self._file.exists() else {}
+            known |= {name: asdict(result) for name, result in self._found.items()}
+            self._file.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n")
 
 
 def commit() -> str:
@@ -138,17 +143,31 @@ def _git(*words: str) -> str:
     return found.stdout.strip()
 
 
+def missing(known: dict[str, Any], tier: str) -> list[str]:
+    """Return the bars of a tier that are not green, or have no result."""
+    elsewhere = ONLY_NIGHTLY if tier == "CI" else ONLY_CI
+    found = {number: verdict for number, (verdict, *_) in by_bar(known, tier).items()}
+    numbers = [number for number in BARS if number not in elsewhere]
+    return [f"R{number}" for number in numbers if found.get(number) != "green"]
+
+
+def by_bar(known: dict[str, Any], tier: str) -> dict[int, tuple[str, list[Any]]]:
+    """Return each bar's verdict, the worst of its tests, and their results."""
+    found: dict[int, tuple[str, list[Any]]] = {}
+    for _, one in sorted(known.items()):
+        if one["tier"] == tier:
+            verdict, results = found.get(one["bar"], ("green", []))
+            verdict = one["verdict"] if verdict == "green" else verdict
+            found[one["bar"]] = verdict, [*results, one]
+    return dict(sorted(found.items()))
+
+
 # The page
 
 
 def page(known: dict[str, Any]) -> str:
     """Write the page that shows these results."""
-    return HEAD + "".join(
-        _section(
-            tier, {int(name.split()[0][1:]): one for name, one in known.items() if tier in name}
-        )
-        for tier in TIERS
-    )
+    return HEAD + "".join(_section(tier, known) for tier in TIERS)
 
 
 HEAD = """# Bars
@@ -162,20 +181,29 @@ columns name: the commit, and the trees of `sqlqueue/` and `migrations/`.
 """
 
 
-def _section(tier: str, results: dict[int, Any]) -> str:
+def _section(tier: str, known: dict[str, Any]) -> str:
     lines = [f"\n## {tier}\n"]
     lines.append("| bar | fault | verdict | tests, time | found | date, commit | code | Postgres |")
     lines.append("| --- | --- | --- | --- | --- | --- | --- | --- |")
-    for number, one in sorted(results.items()):
-        said = "; ".join(dict.fromkeys(one["said"])).replace("|", "/")
-        cells = [
-            f"R{number}", BARS[number], one["verdict"], f"{one['tests']}, {one['seconds']:.0f} s",
-            said[:300], f"{one['date']}, {one['commit']}", one["code"], one["postgres"],
-        ]  # fmt: skip
-        lines.append(f"| {' | '.join(cells)} |")
+    for number, (verdict, results) in by_bar(known, tier).items():
+
+        def all_of(*names: str, among: list[Any] = results) -> str:
+            texts = (", ".join(str(one[name]) for name in names) for one in among)
+            return "; ".join(dict.fromkeys(text for text in texts if text))
+
+        time = f"{len(results)}, {sum(one['seconds'] for one in results):.0f} s"
+        said = all_of("said").replace("|", "/")
+        said = said if len(said) <= SAID else f"{said[:SAID]} …"
+        cells = [f"R{number}", BARS[number], verdict, time, said, all_of("date", "commit")]
+        lines.append(f"| {' | '.join([*cells, all_of('code'), all_of('postgres')])} |")
     return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":
-    source, target = map(Path, sys.argv[1:])
-    target.write_text(page(json.loads(source.read_text())))
+    results = json.loads(Path(sys.argv[1]).read_text())
+    if sys.argv[2:]:
+        Path(sys.argv[2]).write_text(page(results))
+    elif open_bars := missing(results, "CI"):
+        sys.exit("not green: " + ", ".join(open_bars))
+    else:
+        print(f"{len(by_bar(results, 'CI'))} bars are green")
