@@ -69,49 +69,13 @@ order by run, ended_at
 # The states of some jobs; those that do not exist are left out.
 _STATES = "select id, state from sqlqueue.jobs where id = any(:jobs)"
 
-# Queues that hold a job that has not ended, or that somebody has paused once. No view shows
-# pauses: they are read from the table.
+# Queues that hold a job that has not ended, or that somebody has paused once.
 _QUEUES = """
 select
-    coalesce(level.queue, queue.name) as queue,
-    coalesce(level.ready, 0) as ready,
-    coalesce(level.waiting, 0) as waiting,
-    coalesce(level.scheduled, 0) as scheduled,
-    coalesce(level.running, 0) as running,
-    level.oldest_wait, policy.concurrency, policy.rate,
-    pause.paused_at, pause.paused_by, pause.paused_why, pause.resumes_at
-from (
-    select
-        queue,
-        count(*) filter (where state = 'ready') as ready,
-        count(*) filter (where state = 'waiting') as waiting,
-        count(*) filter (where state = 'scheduled') as scheduled,
-        count(*) filter (where state = 'running') as running,
-        max(waited) filter (where state in ('ready', 'waiting')) as oldest_wait
-    from sqlqueue.live
-    group by queue
-) as level
-full join sqlqueue.queue on queue.name = level.queue
-left join sqlqueue.policy
-    on policy.scope = 'queue'
-    and policy.name = coalesce(level.queue, queue.name)
-left join lateral (
-    select paused_at, paused_by, paused_why, resumes_at
-    from (
-        select name, paused_at, paused_by, paused_why, resumes_at
-        from sqlqueue.queue
-        union all
-        select name, paused_at, paused_by, paused_why, resumes_at
-        from sqlqueue.policy
-        where scope = 'queue'
-    ) as told
-    where name = coalesce(level.queue, queue.name)
-      and paused_at is not null
-      and coalesce(resumes_at > now(), true)
-    order by resumes_at desc nulls first
-    limit 1
-) as pause on true
-order by 1
+    queue, ready, waiting, scheduled, running, oldest_wait, concurrency, rate, paused_at, paused_by,
+    paused_why, resumes_at
+from sqlqueue.queues
+order by queue
 """
 _LOGS = """
 select run, at, level, logger, source, message, fields, progress
@@ -123,7 +87,7 @@ order by run, seq
 """
 _SCHEDULES = """
 select name, task, cron, every, tz, missed, next_at, last_at, problem, paused_by, paused_why
-from sqlqueue.schedule
+from sqlqueue.schedules
 order by paused_at is not null, next_at, name
 """
 

@@ -18,7 +18,7 @@ AT_ONCE = timedelta(0)
 POLL = timedelta(seconds=0.02)
 TABLES = (
     "job", "ready", "waiting", "scheduled", "lease", "run", "cancel_request", "admitted",
-    "unique_claim", "schedule", "tick", "log", "verdict",
+    "unique_claim", "schedule", "tick", "log", "verdict", "action",
 )  # fmt: skip
 
 

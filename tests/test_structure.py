@@ -259,7 +259,7 @@ def bodies(function: str) -> str:
         rf"create function sqlqueue\.{function}\((?:(?!\$\$).)*?\$\$(.*?)\$\$", functions, re.S
     )
     body = without_comments(found[-1])
-    called = re.findall(r"(?:perform|if) sqlqueue\.(\w+)\(", body)
+    called = re.findall(r"(?:perform|if|:=) sqlqueue\.(\w+)\(", body)
     return body + "".join(map(bodies, called))
 
 

@@ -443,6 +443,39 @@ comment on column sqlqueue.setting.is_only
 comment on column sqlqueue.setting.retention
     is 'how long history is kept';
 
+create table sqlqueue.action (
+    id bigint generated always as identity,
+    at timestamptz default now() not null,
+    actor text not null,
+    role text not null,
+    origin text,
+    verb text not null,
+    target text not null,
+    affected bigint not null,
+    skipped bigint not null,
+    primary key (id)
+);
+comment on table sqlqueue.action
+    is 'What operators did, written by the functions that did it';
+comment on column sqlqueue.action.id
+    is 'their order';
+comment on column sqlqueue.action.at
+    is 'start of the transaction that did it';
+comment on column sqlqueue.action.actor
+    is 'who says to have done it: the setting sqlqueue.actor, else the role';
+comment on column sqlqueue.action.role
+    is 'the role that was logged in, whatever it says';
+comment on column sqlqueue.action.origin
+    is 'from where: the setting sqlqueue.origin, else application_name';
+comment on column sqlqueue.action.verb
+    is 'cancel, retry, pause, resume, set_policy or run_schedule';
+comment on column sqlqueue.action.target
+    is 'id of the job, or scope and name';
+comment on column sqlqueue.action.affected
+    is 'how many it changed';
+comment on column sqlqueue.action.skipped
+    is 'how many it left as they were';
+
 create table sqlqueue.policy (
     scope text not null,
     name text not null,

@@ -449,6 +449,39 @@ comment on column sqlqueue.setting.is_only
     is 'true: the table has one row';
 comment on column sqlqueue.setting.retention
     is 'how long history is kept';
+
+create table sqlqueue.action (
+    id bigint generated always as identity,
+    at timestamptz default now() not null,
+    actor text not null,
+    role text not null,
+    origin text,
+    verb text not null,
+    target text not null,
+    affected bigint not null,
+    skipped bigint not null,
+    primary key (id)
+);
+comment on table sqlqueue.action
+    is 'What operators did, written by the functions that did it';
+comment on column sqlqueue.action.id
+    is 'their order';
+comment on column sqlqueue.action.at
+    is 'start of the transaction that did it';
+comment on column sqlqueue.action.actor
+    is 'who says to have done it: the setting sqlqueue.actor, else the role';
+comment on column sqlqueue.action.role
+    is 'the role that was logged in, whatever it says';
+comment on column sqlqueue.action.origin
+    is 'from where: the setting sqlqueue.origin, else application_name';
+comment on column sqlqueue.action.verb
+    is 'cancel, retry, pause, resume, set_policy or run_schedule';
+comment on column sqlqueue.action.target
+    is 'id of the job, or scope and name';
+comment on column sqlqueue.action.affected
+    is 'how many it changed';
+comment on column sqlqueue.action.skipped
+    is 'how many it left as they were';
 """
 
 FUNCTIONS = r"""
@@ -502,6 +535,26 @@ $$;
 comment on function sqlqueue.ring is
     'Wakes the worker that sleeps at the bell of a queue, if there is one, when this commits';
 
+create function sqlqueue.note_action(verb text, target text, is_done boolean) returns void
+language sql volatile
+as $$
+    insert into sqlqueue.action (actor, role, origin, verb, target, affected, skipped)
+    values (
+        coalesce(nullif(current_setting('sqlqueue.actor', true), ''), session_user),
+        session_user,
+        coalesce(
+            nullif(current_setting('sqlqueue.origin', true), ''),
+            nullif(current_setting('application_name'), '')
+        ),
+        verb,
+        coalesce(target, ''),
+        cast(is_done as integer),
+        cast(not is_done as integer)
+    )
+$$;
+comment on function sqlqueue.note_action is
+    'Writes down what an operator did, for the function that did it';
+
 create function sqlqueue.enqueue(
     task text,
     args jsonb default '{}',
@@ -524,7 +577,8 @@ create function sqlqueue.enqueue(
     key text default null,
     weight integer default null
 ) returns uuid
-language plpgsql volatile
+language plpgsql volatile security definer
+set search_path = pg_catalog, pg_temp
 as $$
 #variable_conflict use_column
 declare
@@ -735,7 +789,8 @@ comment on function sqlqueue.drop_partition is
     'Drops an old partition, having moved its unended jobs to the default one';
 
 create function sqlqueue.tidy() returns setof text
-language plpgsql volatile
+language plpgsql volatile security definer
+set search_path = pg_catalog, pg_temp
 as $$
 declare
     oldest constant timestamptz := (select now() - retention from sqlqueue.setting);
@@ -796,6 +851,7 @@ begin
       and not exists (select from sqlqueue.waiting where waiting.job_id = cancel_request.job_id)
       and not exists (select from sqlqueue.lease where lease.job_id = cancel_request.job_id);
     delete from sqlqueue.doorbell where rings_until < now() - interval '1 minute';
+    delete from sqlqueue.action where at < oldest;
     -- A lease whose worker has no row, since somebody removed it, is that of a dead one.
     insert into sqlqueue.worker (
         id, died_at, ttl, pid, slots, host, name, version, queues, tasks
@@ -812,6 +868,11 @@ end
 $$;
 comment on function sqlqueue.tidy is
     'Partitions eight weeks ahead, old ones dropped, leftovers removed; says what it dropped';
+
+revoke all on function
+    sqlqueue.uuid_at, sqlqueue.new_id, sqlqueue.ring, sqlqueue.note_action, sqlqueue.enqueue,
+    sqlqueue.keep_partition, sqlqueue.drop_partition, sqlqueue.tidy
+from public;
 
 create table sqlqueue.job_default partition of sqlqueue.job default;
 comment on table sqlqueue.job_default is 'Unended jobs of weeks that were dropped';
@@ -950,6 +1011,10 @@ join sqlqueue.job on job.id = place.job_id;
 create view sqlqueue.logs as
 select job_id, run, seq, at, level, logger, source, message, fields, progress
 from sqlqueue.log;
+
+create view sqlqueue.actions as
+select at, actor, role, origin, verb, target, affected, skipped
+from sqlqueue.action;
 
 create view sqlqueue.runs as
 select
@@ -1099,6 +1164,24 @@ comment on column sqlqueue.logs.fields
 comment on column sqlqueue.logs.progress
     is 'percent of the work that is done; null: a line of the log';
 
+comment on view sqlqueue.actions is 'What operators did, and who they were';
+comment on column sqlqueue.actions.at
+    is 'when';
+comment on column sqlqueue.actions.actor
+    is 'who says to have done it';
+comment on column sqlqueue.actions.role
+    is 'the role that was logged in';
+comment on column sqlqueue.actions.origin
+    is 'from where: a program or address, as it says itself';
+comment on column sqlqueue.actions.verb
+    is 'cancel, retry, pause, resume, set_policy or run_schedule';
+comment on column sqlqueue.actions.target
+    is 'id of the job, or scope and name';
+comment on column sqlqueue.actions.affected
+    is 'how many it changed';
+comment on column sqlqueue.actions.skipped
+    is 'how many it left as they were';
+
 comment on view sqlqueue.runs is 'Every run of every job, ended or running';
 comment on column sqlqueue.runs.job_id
     is 'the job';
@@ -1137,12 +1220,12 @@ def upgrade() -> None:
 def downgrade() -> None:
     op.execute(
         in_schema(
-            "drop view sqlqueue.jobs, sqlqueue.live, sqlqueue.runs, sqlqueue.logs;"
+            "drop view sqlqueue.jobs, sqlqueue.live, sqlqueue.runs, sqlqueue.logs, sqlqueue.actions;"
             "drop table sqlqueue.job, sqlqueue.ready, sqlqueue.waiting, sqlqueue.scheduled,"
             " sqlqueue.lease,"
             " sqlqueue.run, sqlqueue.log, sqlqueue.worker, sqlqueue.queue, sqlqueue.doorbell,"
-            " sqlqueue.cancel_request, sqlqueue.setting;"
-            "drop function sqlqueue.enqueue, sqlqueue.tidy,"
+            " sqlqueue.cancel_request, sqlqueue.setting, sqlqueue.action;"
+            "drop function sqlqueue.enqueue, sqlqueue.tidy, sqlqueue.note_action,"
             " sqlqueue.drop_partition, sqlqueue.keep_partition, sqlqueue.ring, sqlqueue.new_id,"
             " sqlqueue.uuid_at"
         )

@@ -595,7 +595,8 @@ comment on function sqlqueue.gate_again is
     'Has the jobs of a queue or task wait where its policy, or the end of it, says';
 
 create function sqlqueue.set_policy(scope text, name text, rules jsonb) returns void
-language plpgsql volatile
+language plpgsql volatile security definer
+set search_path = pg_catalog, pg_temp
 as $$
 #variable_conflict use_column
 begin
@@ -632,6 +633,7 @@ begin
         from jsonb_each_text(coalesce(rules -> 'shares', '{}')) as given;
     end if;
     perform sqlqueue.gate_again(scope, name);
+    perform sqlqueue.note_action('set_policy', scope || ' ' || name, true);
 end
 $$;
 comment on function sqlqueue.set_policy is
@@ -683,8 +685,7 @@ $$;
 comment on function sqlqueue.cancel_unstarted is
     'Ends a job as cancelled if it is scheduled, waiting or ready; true if it was';
 
-create function sqlqueue.cancel(job_id uuid, reason text default 'cancelled by request')
-returns boolean
+create function sqlqueue.cancel_job(job_id uuid, reason text) returns boolean
 language plpgsql volatile
 set enable_seqscan = off
 set jit = off
@@ -695,12 +696,12 @@ declare
 begin
     -- The request is found by the worker of a job that moves while this looks, at its next beat.
     insert into sqlqueue.cancel_request (job_id, reason)
-    select id, cancel.reason
+    select id, cancel_job.reason
     from sqlqueue.job
     where id = wanted
       and not exists (select from sqlqueue.run where run.job_id = wanted and is_final)
     on conflict do nothing;
-    if sqlqueue.cancel_unstarted(wanted, cancel.reason) then
+    if sqlqueue.cancel_unstarted(wanted, cancel_job.reason) then
         return true;
     end if;
     perform pg_notify('sqlqueue', concat_ws(' ', worker_id, 'cancel', job_id))
@@ -709,8 +710,23 @@ begin
     return found;
 end
 $$;
-comment on function sqlqueue.cancel is
+comment on function sqlqueue.cancel_job is
     'Ends a job as cancelled, or tells a running one to stop; false if it had ended';
+
+create function sqlqueue.cancel(job_id uuid, reason text default 'cancelled by request')
+returns boolean
+language plpgsql volatile security definer
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    is_done constant boolean := sqlqueue.cancel_job(job_id, reason);
+begin
+    perform sqlqueue.note_action('cancel', cast(job_id as text), is_done);
+    return is_done;
+end
+$$;
+comment on function sqlqueue.cancel is
+    'Cancels a job for an operator: see cancel_job';
 
 create function sqlqueue.is_held(claim sqlqueue.unique_claim) returns boolean
 language sql stable
@@ -784,7 +800,7 @@ begin
                 set due_at = least(now() + delay, holder.taken_at + longest)
                 where job_id = holder.job_id and run = 0;
             elsif is_theirs and on_conflict = 'replace' and holder.job_id <> all (ids) then
-                perform sqlqueue.cancel(holder.job_id, 'replaced');
+                perform sqlqueue.cancel_job(holder.job_id, 'replaced');
                 is_theirs := false;
             end if;
             if is_theirs then
@@ -831,7 +847,7 @@ $$;
 comment on function sqlqueue.forget_keys is
     'Removes unique keys that nobody holds and nobody has taken for as long as history is kept';
 
-create function sqlqueue.retry(job_id uuid) returns boolean
+create function sqlqueue.retry_job(job_id uuid) returns boolean
 language plpgsql volatile
 set enable_seqscan = off
 set jit = off
@@ -841,7 +857,7 @@ declare
     given sqlqueue.job;
     last_run integer;
 begin
-    select job.* into given from sqlqueue.job where id = retry.job_id;
+    select job.* into given from sqlqueue.job where id = retry_job.job_id;
     update sqlqueue.run
     set is_final = false
     where run.job_id = given.id
@@ -876,8 +892,22 @@ begin
     return true;
 end
 $$;
-comment on function sqlqueue.retry is
+comment on function sqlqueue.retry_job is
     'Makes a failed or cancelled job ready again, with all its attempts; true if it was one';
+
+create function sqlqueue.retry(job_id uuid) returns boolean
+language plpgsql volatile security definer
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    is_done constant boolean := sqlqueue.retry_job(job_id);
+begin
+    perform sqlqueue.note_action('retry', cast(job_id as text), is_done);
+    return is_done;
+end
+$$;
+comment on function sqlqueue.retry is
+    'Retries a job for an operator: see retry_job';
 
 create function sqlqueue.pause(
     scope text,
@@ -887,7 +917,8 @@ create function sqlqueue.pause(
     why text default null,
     lasts interval default null
 ) returns void
-language plpgsql volatile
+language plpgsql volatile security definer
+set search_path = pg_catalog, pg_temp
 as $$
 #variable_conflict use_column
 declare
@@ -914,7 +945,7 @@ begin
         where schedule.name = pause.name;
     else
         insert into sqlqueue.policy (scope, name, paused_at, paused_by, paused_why, resumes_at)
-        values ('task', pause.name, since, by, why, now() + lasts)
+        values (pause.scope, pause.name, since, by, why, now() + lasts)
         on conflict (scope, name) do update
         set paused_at = excluded.paused_at,
             paused_by = excluded.paused_by,
@@ -923,24 +954,108 @@ begin
             failures = 0;
         perform sqlqueue.gate_again(scope, pause.name);
     end if;
+    perform sqlqueue.note_action(
+        case when is_paused then 'pause' else 'resume' end,
+        scope || ' ' || name,
+        scope <> 'schedule' or exists (select from sqlqueue.schedule where name = pause.name)
+    );
 end
 $$;
 comment on function sqlqueue.pause is
     'Pauses a queue, task or schedule, for a time or until it is called with is_paused false';
+
+revoke all on function
+    sqlqueue.gated, sqlqueue.gate, sqlqueue.rank, sqlqueue.room_in, sqlqueue.judge, sqlqueue.take,
+    sqlqueue.admit, sqlqueue.gate_again, sqlqueue.set_policy, sqlqueue.cancel_unstarted,
+    sqlqueue.cancel_job, sqlqueue.cancel, sqlqueue.is_held, sqlqueue.take_keys,
+    sqlqueue.forget_keys, sqlqueue.retry_job, sqlqueue.retry, sqlqueue.pause
+from public;
+"""
+
+
+VIEWS = r"""
+create view sqlqueue.queues as
+select
+    coalesce(level.queue, queue.name) as queue,
+    coalesce(level.ready, 0) as ready,
+    coalesce(level.waiting, 0) as waiting,
+    coalesce(level.scheduled, 0) as scheduled,
+    coalesce(level.running, 0) as running,
+    level.oldest_wait, policy.concurrency, policy.rate,
+    pause.paused_at, pause.paused_by, pause.paused_why, pause.resumes_at
+from (
+    select
+        queue,
+        count(*) filter (where state = 'ready') as ready,
+        count(*) filter (where state = 'waiting') as waiting,
+        count(*) filter (where state = 'scheduled') as scheduled,
+        count(*) filter (where state = 'running') as running,
+        max(waited) filter (where state in ('ready', 'waiting')) as oldest_wait
+    from sqlqueue.live
+    group by queue
+) as level
+full join sqlqueue.queue on queue.name = level.queue
+left join sqlqueue.policy
+    on policy.scope = 'queue'
+    and policy.name = coalesce(level.queue, queue.name)
+left join lateral (
+    select paused_at, paused_by, paused_why, resumes_at
+    from (
+        select name, paused_at, paused_by, paused_why, resumes_at
+        from sqlqueue.queue
+        union all
+        select name, paused_at, paused_by, paused_why, resumes_at
+        from sqlqueue.policy
+        where scope = 'queue'
+    ) as told
+    where name = coalesce(level.queue, queue.name)
+      and paused_at is not null
+      and coalesce(resumes_at > now(), true)
+    order by resumes_at desc nulls first
+    limit 1
+) as pause on true;
+
+comment on view sqlqueue.queues
+    is 'Queues that hold jobs which have not ended, or that were ever paused';
+comment on column sqlqueue.queues.queue
+    is 'name of the queue';
+comment on column sqlqueue.queues.ready
+    is 'jobs that may run now';
+comment on column sqlqueue.queues.waiting
+    is 'jobs that wait under a policy';
+comment on column sqlqueue.queues.scheduled
+    is 'jobs that may run later';
+comment on column sqlqueue.queues.running
+    is 'jobs that run';
+comment on column sqlqueue.queues.oldest_wait
+    is 'of those that are ready or waiting';
+comment on column sqlqueue.queues.concurrency
+    is 'jobs that may run at a time; null: no limit';
+comment on column sqlqueue.queues.rate
+    is 'weight admitted in a second; null: no limit';
+comment on column sqlqueue.queues.paused_at
+    is 'since when it is paused; null: it is not';
+comment on column sqlqueue.queues.paused_by
+    is 'who paused it';
+comment on column sqlqueue.queues.paused_why
+    is 'why';
+comment on column sqlqueue.queues.resumes_at
+    is 'when the pause ends by itself; null: never';
 """
 
 
 def upgrade() -> None:
-    for sql in (TABLES, FUNCTIONS):
+    for sql in (TABLES, FUNCTIONS, VIEWS):
         op.execute(in_schema(sql))
 
 
 def downgrade() -> None:
     op.execute(
         in_schema(
-            "drop function sqlqueue.pause, sqlqueue.retry, sqlqueue.forget_keys,"
-            " sqlqueue.take_keys, sqlqueue.is_held,"
-            " sqlqueue.cancel, sqlqueue.cancel_unstarted, sqlqueue.set_policy, sqlqueue.gate_again,"
+            "drop view sqlqueue.queues;"
+            "drop function sqlqueue.pause, sqlqueue.retry, sqlqueue.retry_job,"
+            " sqlqueue.forget_keys, sqlqueue.take_keys, sqlqueue.is_held,"
+            " sqlqueue.cancel, sqlqueue.cancel_job, sqlqueue.cancel_unstarted, sqlqueue.set_policy, sqlqueue.gate_again,"
             " sqlqueue.admit, sqlqueue.take,"
             " sqlqueue.judge, sqlqueue.room_in, sqlqueue.rank, sqlqueue.gate, sqlqueue.gated;"
             "drop table sqlqueue.policy, sqlqueue.share, sqlqueue.bucket, sqlqueue.turn,"

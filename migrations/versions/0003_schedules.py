@@ -86,7 +86,7 @@ comment on column sqlqueue.tick.job_id
 """
 
 FUNCTIONS = r"""
-create function sqlqueue.run_schedule(name text, at timestamptz default now()) returns uuid
+create function sqlqueue.fire_at(name text, at timestamptz) returns uuid
 language plpgsql volatile
 as $$
 #variable_conflict use_column
@@ -94,8 +94,8 @@ declare
     given sqlqueue.schedule;
     made uuid;
 begin
-    select schedule.* into strict given from sqlqueue.schedule where name = run_schedule.name;
-    insert into sqlqueue.tick (schedule, at) values (given.name, run_schedule.at)
+    select schedule.* into strict given from sqlqueue.schedule where name = fire_at.name;
+    insert into sqlqueue.tick (schedule, at) values (given.name, fire_at.at)
     on conflict do nothing;
     if not found then
         return null;
@@ -119,7 +119,7 @@ begin
             tags => cast(given.options ->> 'tags' as text[]),
             description => given.options ->> 'description',
             headers => coalesce(cast(given.options ->> 'headers' as jsonb), '{}')
-                || jsonb_build_object('schedule', given.name, 'at', run_schedule.at::text),
+                || jsonb_build_object('schedule', given.name, 'at', fire_at.at::text),
             key => given.options ->> 'key',
             weight => cast(given.options ->> 'weight' as integer)
         );
@@ -129,12 +129,26 @@ begin
     end;
     update sqlqueue.tick
     set job_id = made
-    where schedule = given.name and tick.at = run_schedule.at;
+    where schedule = given.name and tick.at = fire_at.at;
+    return made;
+end
+$$;
+comment on function sqlqueue.fire_at is
+    'Enqueues the job of a schedule for an instant; null: it has been, or the queue is full';
+
+create function sqlqueue.run_schedule(name text, at timestamptz default now()) returns uuid
+language plpgsql volatile security definer
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+    made constant uuid := sqlqueue.fire_at(name, at);
+begin
+    perform sqlqueue.note_action('run_schedule', 'schedule ' || name, made is not null);
     return made;
 end
 $$;
 comment on function sqlqueue.run_schedule is
-    'Enqueues the job of a schedule for an instant; null: it has been, or the queue is full';
+    'Runs a schedule for an operator: see fire_at';
 
 create function sqlqueue.due_schedules()
 returns table (
@@ -162,7 +176,7 @@ as $$
 declare
     fired bigint;
 begin
-    select count(sqlqueue.run_schedule(fire.name, at)) into fired from unnest(instants) as at;
+    select count(sqlqueue.fire_at(fire.name, at)) into fired from unnest(instants) as at;
     update sqlqueue.schedule
     set next_at = coalesce(fire.next_at, 'infinity'),
         last_at = coalesce(instants[cardinality(instants)], last_at),
@@ -404,20 +418,63 @@ as $$
 $$;
 comment on function sqlqueue.next_due is
     'How long it is until the next job or schedule is due, if that is within a day';
+
+revoke all on function
+    sqlqueue.fire_at, sqlqueue.run_schedule, sqlqueue.due_schedules, sqlqueue.fire,
+    sqlqueue.set_schedules, sqlqueue.promote, sqlqueue.rescue, sqlqueue.arm, sqlqueue.disarm,
+    sqlqueue.lanes, sqlqueue.next_due
+from public;
+"""
+
+VIEWS = r"""
+create view sqlqueue.schedules as
+select
+    name, task, cron, every, tz, missed, next_at, last_at, problem, paused_at, paused_by,
+    paused_why, resumes_at
+from sqlqueue.schedule;
+
+comment on view sqlqueue.schedules is 'When jobs are enqueued by themselves';
+comment on column sqlqueue.schedules.name
+    is 'for people';
+comment on column sqlqueue.schedules.task
+    is 'the task';
+comment on column sqlqueue.schedules.cron
+    is 'a cron line or alias; null: at an interval';
+comment on column sqlqueue.schedules.every
+    is 'the interval, counted from the year 2000 in UTC';
+comment on column sqlqueue.schedules.tz
+    is 'the time zone of the cron line';
+comment on column sqlqueue.schedules.missed
+    is 'which instants without a worker are made up for: latest, all or none';
+comment on column sqlqueue.schedules.next_at
+    is 'the next instant; null: to be found by a worker; infinity: none';
+comment on column sqlqueue.schedules.last_at
+    is 'the last instant that was fired';
+comment on column sqlqueue.schedules.problem
+    is 'why it cannot be fired; null: it can';
+comment on column sqlqueue.schedules.paused_at
+    is 'since when it is not fired; null: not paused';
+comment on column sqlqueue.schedules.paused_by
+    is 'who paused it';
+comment on column sqlqueue.schedules.paused_why
+    is 'why';
+comment on column sqlqueue.schedules.resumes_at
+    is 'when the pause ends by itself; null: never';
 """
 
 
 def upgrade() -> None:
-    for sql in (TABLES, FUNCTIONS):
+    for sql in (TABLES, FUNCTIONS, VIEWS):
         op.execute(in_schema(sql))
 
 
 def downgrade() -> None:
     op.execute(
         in_schema(
+            "drop view sqlqueue.schedules;"
             "drop function sqlqueue.promote, sqlqueue.rescue, sqlqueue.arm, sqlqueue.disarm,"
             " sqlqueue.lanes, sqlqueue.next_due, sqlqueue.set_schedules, sqlqueue.fire,"
-            " sqlqueue.run_schedule, sqlqueue.due_schedules;"
+            " sqlqueue.run_schedule, sqlqueue.fire_at, sqlqueue.due_schedules;"
             "drop table sqlqueue.schedule, sqlqueue.tick;"
         )
     )
