@@ -1220,7 +1220,8 @@ def upgrade() -> None:
 def downgrade() -> None:
     op.execute(
         in_schema(
-            "drop view sqlqueue.jobs, sqlqueue.live, sqlqueue.runs, sqlqueue.logs, sqlqueue.actions;"
+            "drop view sqlqueue.jobs, sqlqueue.live, sqlqueue.runs, sqlqueue.logs,"
+            " sqlqueue.actions;"
             "drop table sqlqueue.job, sqlqueue.ready, sqlqueue.waiting, sqlqueue.scheduled,"
             " sqlqueue.lease,"
             " sqlqueue.run, sqlqueue.log, sqlqueue.worker, sqlqueue.queue, sqlqueue.doorbell,"

@@ -126,6 +126,7 @@ def bench(ctx: click.Context, quick: bool) -> None:
 @main.command()
 @click.argument("action", type=click.Choice(["up", "down", "status"]), default="up")
 @click.argument("revision", required=False)
+@option("--roles", is_flag=True, help="Make the roles and their grants, too.")
 @option("--sql", is_flag=True, help="Write the statements; connect to nothing.")
 @option("--lock-timeout", type=duration, default="2s", help="Then give up.")
 @yes_option

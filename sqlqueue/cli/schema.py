@@ -13,6 +13,7 @@ from alembic.util import CommandError
 
 from sqlqueue.cli.words import FAILED, confirm, failure
 from sqlqueue.integrations.alembic import check, config, current, goes_down, head, migrate
+from sqlqueue.integrations.roles import make_roles, roles_script
 from sqlqueue.reports import Control, misuse
 
 REVISION = re.compile(r"(head|base|\d{4})(:(head|base|\d{4}))?")
@@ -23,26 +24,33 @@ def bring(
     action: str,
     revision: str | None,
     *,
+    roles: bool,
     sql: bool,
     lock_timeout: timedelta,
     yes: bool,
 ) -> None:
     """Bring the schema up or down to a revision, and write where it is then.
 
-    With `sql`, write the statements instead.
+    With `roles`, make them and their grants, too. With `sql`, write the statements instead.
     """
     if revision and not REVISION.fullmatch(revision):
         raise click.UsageError(f"{revision} is no revision such as 0001, base or head")
+    if roles and action != "up":
+        raise click.UsageError("--roles goes with up")
     is_down, schema = action == "down", control.schema.value
     try:
         if sql:
             revisions = revision or ("head:base" if is_down else "base:head")
             with misuse():
                 click.echo(script(schema, revisions, is_down=is_down, lock_timeout=lock_timeout))
+                if roles:
+                    click.echo(f"begin;\n\n{roles_script(schema)}\ncommit;")
             return
         if action != "status":
             target = revision or ("base" if is_down else "head")
             move(control, target, is_down=is_down, lock_timeout=lock_timeout, yes=yes)
+        if roles:
+            make_roles(control.queue.engine, schema, lock_timeout=lock_timeout)
     except CommandError as error:
         raise failure(str(error), FAILED) from error
     engine = control.queue.engine
