@@ -7,6 +7,7 @@ database and so cannot hang, watches that beats and turns go on.
 
 import logging
 import os
+import threading
 from datetime import timedelta
 from time import monotonic
 from typing import TYPE_CHECKING
@@ -26,6 +27,7 @@ class Heartbeat:
     def __init__(self, worker: "Worker") -> None:
         self._worker = worker
         self._ttl = worker.options.ttl.total_seconds()
+        self.wakes = threading.Event()  # set when somebody asked to cancel a job
         self.link = Link(worker.queue.engine, worker.queue.store)
         self._beat_at = self._watched_at = monotonic()
         self._unknown: set[tuple[str, int]] = set()
@@ -71,6 +73,6 @@ class Heartbeat:
                 store.finish(conn, strays)
         self._unknown = unknown
         for key, is_cancelled in leases.items():
-            if is_cancelled:
-                worker.runs.cancel(key[0])
+            if is_cancelled and (run := worker.runs.held.get(key)):
+                worker.runs.interrupt(run, "cancelled")
         return self._ttl / 6

@@ -58,13 +58,16 @@ class Listener:
                 self._worker.stopped.wait()
 
     def _tell(self, payload: str) -> None:
-        """Act on `WORKER HINT SUBJECT`; worker 0 is everybody."""
-        heard = re.fullmatch(r"(\d+) (cancel|due|-?\d+) (\S+)", payload)
+        """Look where `WORKER HINT SUBJECT` says; worker 0 is everybody.
+
+        Whoever can connect can send one, so it is never believed: what is to be done is read.
+        """
+        heard = re.fullmatch(r"(\d+) (cancel|due|-?\d{1,3}) (\S+)", payload)
         if heard is None or int(heard[1]) not in (0, self._worker.id):
             return
         _, hint, subject = heard.groups()
         if hint == "cancel":
-            self._worker.runs.cancel(subject)
+            self._worker.heartbeat.wakes.set()
         elif hint == "due":
             self._worker.upkeep.wakes.set()
         else:

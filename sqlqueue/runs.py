@@ -134,12 +134,6 @@ class Runs:
         self._must_check = True
         self._wake()
 
-    def cancel(self, job_id: str) -> None:
-        """Interrupt the run of a job that somebody asked to cancel, if it is held."""
-        for run in list(self.held.copy().values()):
-            if run.key[0] == job_id:
-                self.interrupt(run, "cancelled")
-
     def check(self, now: float) -> None:
         """Interrupt what is out of time, give up on what ignores that, hand back what waits."""
         if now < self.next_check and not self._must_check:

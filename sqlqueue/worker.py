@@ -127,7 +127,7 @@ class Worker:
         self.upkeep = Upkeep(self)
         self.listener = Listener(self)
         self._parts: list[Part] = [
-            (self.heartbeat.beat, threading.Event(), self.heartbeat.link),
+            (self.heartbeat.beat, self.heartbeat.wakes, self.heartbeat.link),
             (self.heartbeat.watch, threading.Event(), None),
             (self.upkeep.look, self.upkeep.wakes, self.upkeep.link),
             (self._turn, self._wakes, self._link),

@@ -1,8 +1,10 @@
 """What each role of the database may do, and that nobody gets round it."""
 
+import asyncio
 import os
 import re
 import secrets
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -34,7 +36,7 @@ from sqlqueue.cli import main
 from sqlqueue.integrations.alembic import migrate
 from sqlqueue.integrations.roles import enqueue_only, make_roles
 from tests.conftest import TABLES
-from tests.harness import POLLING, SOON, rows, value, wait_until
+from tests.harness import CLOCKS, POLLING, SOON, rows, value, wait_until
 from tests.test_structure import STATEMENTS, header_of, without_comments
 
 ROOT = Path(__file__).parent.parent
@@ -676,6 +678,38 @@ def test_a_worker_does_all_its_work_with_its_rights(quiet) -> None:
     owner = "select relowner::regrole::text from pg_class where oid = to_regclass(:name)"
     assert value(engine, owner, name=f"sqlqueue.{ahead}") == "sqlqueue_owner"
     assert actions(engine) == [("set_policy", "queue few", 1, 0)]  # nothing by a worker
+
+
+released = threading.Event()
+
+
+@queue.task
+async def held() -> str:
+    """Run until the test lets it go."""
+    while not released.is_set():
+        await asyncio.sleep(0.01)
+    return "let go"
+
+
+def test_a_forged_notification_cancels_nothing(quiet) -> None:
+    queue.engine = create_engine(quiet.urls["worker"])
+    released.clear()
+    beats = "select heartbeat_at - interval '1 second' > :since from sqlqueue.worker"
+    with queue.worker("default", **CLOCKS) as worker:
+        job = held.enqueue()
+        wait_until(lambda: job.refresh().state == "running", what="the job runs")
+        wait_until(lambda: worker.listener.is_heard, what="the worker hears")
+        with quiet.session("enqueue") as conn:
+            for to in (0, worker.id):
+                conn.execute("select pg_notify('sqlqueue', %s)", [f"{to} cancel {job.id}"])
+                conn.execute("select pg_notify('sqlqueue', %s)", [f"{to} {10**30} default"])
+        since = value(quiet.engine, "select clock_timestamp()")
+        wait_until(lambda: value(quiet.engine, beats, since=since), what="it has beaten since")
+        lanes = list(worker.lanes.floors)
+        released.set()
+        assert job.wait(SOON) == "let go"
+    assert {lane.priority for lane in lanes} == {0}
+    queue.engine.dispose()
 
 
 # Who may only enqueue, from Python

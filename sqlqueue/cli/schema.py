@@ -6,6 +6,7 @@ Every worker process imports the command line as it starts.
 import re
 from datetime import timedelta
 from io import StringIO
+from typing import Any
 
 import click
 from alembic import command
@@ -19,27 +20,19 @@ from sqlqueue.reports import Control, misuse
 REVISION = re.compile(r"(head|base|\d{4})(:(head|base|\d{4}))?")
 
 
-def bring(
-    control: Control,
-    action: str,
-    revision: str | None,
-    *,
-    roles: bool,
-    sql: bool,
-    lock_timeout: timedelta,
-    yes: bool,
-) -> None:
+def bring(control: Control, action: str, revision: str | None, **given: Any) -> None:
     """Bring the schema up or down to a revision, and write where it is then.
 
     With `roles`, make them and their grants, too. With `sql`, write the statements instead.
     """
+    is_down, roles, lock_timeout = action == "down", given["roles"], given["lock_timeout"]
     if revision and not REVISION.fullmatch(revision):
         raise click.UsageError(f"{revision} is no revision such as 0001, base or head")
     if roles and action != "up":
         raise click.UsageError("--roles goes with up")
-    is_down, schema = action == "down", control.schema.value
+    schema = control.schema.value
     try:
-        if sql:
+        if given["sql"]:
             revisions = revision or ("head:base" if is_down else "base:head")
             with misuse():
                 click.echo(script(schema, revisions, is_down=is_down, lock_timeout=lock_timeout))
@@ -48,7 +41,7 @@ def bring(
             return
         if action != "status":
             target = revision or ("base" if is_down else "head")
-            move(control, target, is_down=is_down, lock_timeout=lock_timeout, yes=yes)
+            move(control, target, is_down=is_down, lock_timeout=lock_timeout, yes=given["yes"])
         if roles:
             make_roles(control.queue.engine, schema, lock_timeout=lock_timeout)
     except CommandError as error:

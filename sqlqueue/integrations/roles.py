@@ -83,7 +83,7 @@ def _enqueue(
     args: Sequence[str],
     task: str,
     options: Params,
-    unique_keys: object,
+    *_: object,
 ) -> int:
     for one, text in zip(ids, args, strict=True):
         params = {**options, "id": one, "args": text, "task": task}
