@@ -9,7 +9,7 @@ import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from functools import cached_property
 from typing import Any
 
@@ -19,6 +19,7 @@ from sqlqueue.retry import LONGEST, Retry
 
 NAME = re.compile(r"[A-Za-z0-9_.:-]{1,100}")
 MAX_HEADER_BYTES = 8 * 1024
+MAX_KEY_BYTES = 1000  # what fits into an index together with the name of a task
 RANGES = {"priority": (-100, 100), "max_crashes": (1, 32767), "weight": (1, 1_000_000)}
 EXECUTORS = ("async", "thread", "process")
 # Options that are stored otherwise than in a column of the same name, as they are.
@@ -49,7 +50,8 @@ class Options:
     tags         words for people and tools
     description  for people
     headers      strings by name, for tools; at most 8 KiB as JSON
-    key          what limits, shares and order go by, where its queue or task has a Policy
+    key          what limits, shares and order go by, where its queue or task has a Policy; at most
+                 1,000 bytes
     weight       what it takes of a rate
     unique       that only one such job exists at a time
     log_level    records of `logging` from this level on are kept with the job; as the task says
@@ -78,19 +80,22 @@ class Options:
 
     def __post_init__(self) -> None:
         check_name("queue", self.queue)
+        for name, kind in _KINDS.items():
+            if not isinstance(value := getattr(self, name), kind):
+                raise TypeError(f"{name} must be {kind}, got a {type(value).__name__}")
         for name, (low, high) in RANGES.items():
             if not low <= getattr(self, name) <= high:
                 raise ValueError(f"{name} must be from {low} to {high}, got {getattr(self, name)}")
         if self.delay is not None and self.run_at is not None:
             raise ValueError("give delay or run_at, not both")
-        if self.delay is not None and not timedelta(0) <= self.delay <= LONGEST:
-            raise ValueError(f"delay must be from 0 to {LONGEST.days} days, got {self.delay}")
-        for name in ("run_at", "expires"):
-            instant = getattr(self, name)
-            if isinstance(instant, datetime) and instant.tzinfo is None:
+        for name in ("delay", "run_at", "expires"):
+            time = getattr(self, name)
+            if isinstance(time, timedelta) and not timedelta(0) <= time <= LONGEST:
+                raise ValueError(f"{name} must be from 0 to {LONGEST.days} days, got {time}")
+            if isinstance(time, datetime) and time.utcoffset() is None:
                 raise ValueError(f"{name} must be an aware datetime, one with a time zone")
-            if isinstance(instant, datetime) and instant.year >= 9999:
-                raise ValueError(f"{name} must be before the year 9999")
+            if isinstance(time, datetime) and not 1 < time.year < 9999:
+                raise ValueError(f"{name} must be between the years 1 and 9999")
         if self.timeout is not None and not timedelta(0) < self.timeout <= LONGEST:
             raise ValueError(f"timeout must be more than 0, or None, got {self.timeout}")
         if self.unique and self.unique.on_conflict == "debounce" and self.delay is None:
@@ -100,15 +105,15 @@ class Options:
         self._check_words()
 
     def _check_words(self) -> None:
-        if isinstance(self.tags, str):
-            raise TypeError("tags must be a sequence of strings, not one string")
-        words = [*self.tags, self.description or "", self.key or ""]
-        words += [*self.headers, *self.headers.values()]
-        for word in words:
-            if not isinstance(word, str):
-                raise TypeError("tags, description, key and headers must be strings")
-            if "\0" in word or word.encode(errors="ignore").decode() != word:
-                raise ValueError("tags, description, key and headers must hold no NUL or surrogate")
+        keys = [self.key or "", (self.unique and self.unique.key) or ""]
+        words = [*self.tags, *self.headers, *self.headers.values(), self.description or "", *keys]
+        if isinstance(self.tags, str) or not all(isinstance(word, str) for word in words):
+            raise TypeError("tags must be a sequence of strings, and headers and keys be strings")
+        text = "".join(words)
+        if "\0" in text or text.encode(errors="ignore").decode() != text:
+            raise ValueError("tags, description, key and headers must hold no NUL or surrogate")
+        if any(len(key.encode()) > MAX_KEY_BYTES for key in keys):
+            raise ValueError(f"a key must be at most {MAX_KEY_BYTES} bytes")
         if len(json.dumps(dict(self.headers)).encode()) > MAX_HEADER_BYTES:
             raise ValueError(f"headers must be at most {MAX_HEADER_BYTES} bytes as JSON")
 
@@ -118,9 +123,8 @@ class Options:
         Raises TypeError for a name that is no option, ValueError for a value that is refused.
         """
         names = [one.name for one in fields(self)]
-        for name in changes:
-            if name not in names:
-                raise TypeError(f"unknown option {name!r}; the options are {', '.join(names)}")
+        if unknown := changes.keys() - set(names):
+            raise TypeError(f"unknown option {min(unknown)!r}; the options are {', '.join(names)}")
         return replace(self, **changes) if changes else self
 
     @cached_property
@@ -145,7 +149,13 @@ class Options:
         return {name: _text(value) for name, value in stored.items()}
 
 
+# What each option has to be, as far as that can be seen from outside.
+_KINDS: Any = {n: getattr(kind, "__origin__", kind) for n, kind in Options.__annotations__.items()}
+
+
 def _text(value: object) -> str | None:
     if isinstance(value, timedelta):
         return f"{value // timedelta(microseconds=1)} us"
+    if isinstance(value, datetime | int):  # Postgres knows fewer zones, and no names of an enum
+        value = value.astimezone(UTC) if isinstance(value, datetime) else int(value)
     return None if value is None else str(value)

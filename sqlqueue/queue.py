@@ -135,14 +135,12 @@ class Queue:
 
     def enqueue(self, call: Call) -> Job[Any]:
         """Enqueue a call made by `Task.s`, in the transaction bound, or in one of its own."""
-        work = partial(self._add, calls=[call])
-        _, holders = self._write(work, call.options.wait_if_full)
+        _, holders = self._write(partial(self._add, calls=[call]), call.options.wait_if_full)
         return Job(self, UUID(holders.get(call.id, call.id)))
 
     async def aenqueue(self, call: Call) -> Job[Any]:
         """Do what `enqueue` does, from async code."""
-        work = partial(self._add, calls=[call])
-        _, holders = await self._awrite(work, call.options.wait_if_full)
+        _, holders = await self._awrite(partial(self._add, calls=[call]), call.options.wait_if_full)
         return Job(self, UUID(holders.get(call.id, call.id)))
 
     def enqueue_many(self, calls: Iterable[Call]) -> int:
@@ -207,9 +205,8 @@ class Queue:
     def _add_same(self, conn: Executes, calls: list[Call]) -> int:
         if not calls:
             return 0
-        ids, args, keys = zip(
-            *((call.id, call.args, call.unique_key) for call in calls), strict=True
-        )
+        columns = [(call.id, call.args, call.unique_key) for call in calls]
+        ids, args, keys = zip(*columns, strict=True)
         return self.store.enqueue(conn, ids, args, calls[0].task, calls[0].options.params, keys)
 
     def _take_keys(self, conn: Executes, calls: list[Call], unique: Unique) -> dict[str, str]:

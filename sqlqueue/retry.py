@@ -127,3 +127,8 @@ def class_name(one: ErrorClass) -> str:
         return one
     where = "" if one.__module__ == "builtins" else f"{one.__module__}."
     return f"{where}{one.__qualname__}"
+
+
+def unsaid(error: BaseException) -> Exception:
+    """Return what can be logged of an error: its traceback and class; its message may be secret."""
+    return Exception(class_name(type(error))).with_traceback(error.__traceback__)

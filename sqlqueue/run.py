@@ -21,7 +21,7 @@ from sqlqueue.codec import decode_headers, encode_value
 from sqlqueue.errors import BadArguments, Cancel, LeaseLost, NotRepresentable, RetryIn, Snooze
 from sqlqueue.literal import storable
 from sqlqueue.notes import Notes, Said
-from sqlqueue.retry import Retry, class_name
+from sqlqueue.retry import Retry, class_name, unsaid
 from sqlqueue.store import Ended, Executes, Store
 from sqlqueue.transaction import Transaction, across, within
 
@@ -213,8 +213,8 @@ class Run:
             if not isinstance(wait, timedelta | None):
                 raise TypeError("decide gave no timedelta")
             return wait
-        except Exception:
-            log.exception("job %s: its retry policy failed", self.key[0])
+        except Exception as failure:
+            log.error("job %s: its retry policy failed", self.key[0], exc_info=unsaid(failure))
             return Retry(attempts=attempts).wait(error, self.attempt)
 
     def _ended(

@@ -18,6 +18,7 @@ from sqlqueue.executors import Executor, LoopExecutor, ThreadExecutor
 from sqlqueue.notes import Said
 from sqlqueue.perform import InThread, OnLoop
 from sqlqueue.process import Child
+from sqlqueue.retry import unsaid
 from sqlqueue.run import Run
 from sqlqueue.store import Ended
 
@@ -69,8 +70,7 @@ class Runs:
                 why = "expired" if row.is_expired else "cancelled"
                 self.done(run, Ended(*run.key, why, error_type=why))
                 continue
-            if row.timeout is not None and now + row.timeout < self.next_check:
-                self.next_check = now + row.timeout
+            self.next_check = min(self.next_check, now + (row.timeout or NEVER))
             usual = "async" if task.is_async else "thread"
             kind = row.executor if row.executor in (usual, "process") else usual
             if kind not in self._executors:
@@ -209,5 +209,5 @@ def tell(queue: "Queue", ended: Iterable[Ended]) -> None:
         for hook in queue.after_run:
             try:
                 hook(one)
-            except Exception:
-                log.exception("job %s: a hook of its run %d failed", one.job_id, one.run)
+            except Exception as error:
+                log.error("job %s: a hook of run %d failed", *one[:2], exc_info=unsaid(error))

@@ -238,12 +238,12 @@ class Store:
         `seen_dead` is a worker whose end was seen, dead whatever its heartbeat says. A job that
         has crashed `max_crashes` times ends as failed.
         """
-        orphans = []
+        ended = []
         for row in self.orphans(conn, batch, seen_dead):
             wait = None if row.is_last else timedelta(0)
             why = f"worker {row.worker_id} died while it ran this job"
-            orphans.append(
+            ended.append(
                 Ended(row.job_id, row.run, "crashed", wait, error_type="crashed", error=why)
             )
-        self.finish(conn, orphans)
-        return orphans
+        self.finish(conn, ended)
+        return ended

@@ -692,6 +692,11 @@ def test_the_sql_function_called_again_with_an_id_adds_nothing(engine, migrated_
         ("'a', null", "args must be a JSON object"),
         ("'a', 'null'", "args must be a JSON object"),
         ("'a', jsonb_build_object('x', repeat('x', 1048576))", "args are over 1 MiB"),
+        (
+            "'a', jsonb_build_object('x', (repeat('[', 64) || repeat(']', 64))::jsonb)",
+            "args are nested",
+        ),
+        ("'a', key => repeat('x', 1001)", "key is over 1000 bytes"),
         ("'a', headers => '[]'", "headers must be a JSON object"),
         ("'a', headers => jsonb_build_object('x', repeat('x', 8192))", "headers are over 8 KiB"),
         ("'a', headers => '{\"x\": 1}'", "headers"),

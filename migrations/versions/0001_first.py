@@ -591,6 +591,10 @@ declare
         when queue is null or queue !~ '^[A-Za-z0-9_.:-]{1,100}$' then 'queue is no name'
         when args is null or jsonb_typeof(args) <> 'object' then 'args must be a JSON object'
         when octet_length(args::text) > 1048576 then 'args are over 1 MiB'
+        when octet_length(args::text) > 128 and jsonb_path_exists(
+            args, 'strict $.**{64} ? (@.type() == "object" || @.type() == "array")'
+        ) then 'args are nested deeper than 64 levels'
+        when octet_length(key) > 1000 then 'key is over 1000 bytes'
         when headers is not null and jsonb_typeof(headers) <> 'object'
             then 'headers must be a JSON object'
         when exists (

@@ -27,8 +27,7 @@ with picked as (
         limit :slots
         for update skip locked
     ))
-    returning
-        job_id, due_at, run + 1 as run, failures, crashes, priority, queue, seq, admission
+    returning job_id, due_at, run + 1 as run, failures, crashes, priority, queue, seq, admission
 ),
 leased as (
     insert into sqlqueue.lease (
@@ -41,10 +40,7 @@ leased as (
     from picked
 )
 select
-    cast(picked.job_id as text) as job_id,
-    picked.run,
-    picked.seq,
-    job.task,
+    cast(picked.job_id as text) as job_id, picked.run, picked.seq, job.task,
     cast(job.args as text) as args,
     picked.queue,
     picked.failures,

@@ -6,9 +6,8 @@
 -- caller  Job, Waits
 select
     cast(asked.id as text) as id, job.queue, job.task, job.state, job.run, job.attempt,
-    job.created_at, job.due_at, job.started_at, job.ended_at,
-    job.progress, job.note, cast(job.result as text) as result, job.error_type, job.error,
-    job.traceback
+    job.created_at, job.due_at, job.started_at, job.ended_at, job.progress, job.note,
+    cast(job.result as text) as result, job.error_type, job.error, job.traceback
 from unnest(cast(:job_ids as uuid[]), cast(:even_live as boolean[])) as asked (id, even_live)
 left join lateral (  -- a job that is found where it lives is looked for no further: no history
     select
