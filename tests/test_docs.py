@@ -220,6 +220,14 @@ def test_a_policy_names_a_test_that_exists() -> None:
     assert len(named) >= 13
 
 
+def test_a_claim_about_security_names_a_test_that_exists() -> None:
+    page = (ROOT / "docs/security.md").read_text()
+    tests = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
+    named = set(re.findall(r"`(test_(?!security|r38_input)\w+)`", page))
+    assert len(named) >= 20
+    assert [name for name in named if f"def {name}(" not in tests] == []
+
+
 def test_the_programs_and_statements_of_the_operating_page_run(
     shop_url: str, load: Callable[..., ModuleType]
 ):

@@ -33,6 +33,7 @@ from sqlqueue import (
     current_run,
 )
 from sqlqueue.cli import main
+from sqlqueue.embedded import Server
 from sqlqueue.integrations.alembic import migrate
 from sqlqueue.integrations.roles import enqueue_only, make_roles
 from tests.conftest import TABLES
@@ -165,6 +166,12 @@ def can(place: Place, role: str) -> set[str]:
             for statement in uses(name, kind)
             if not refused(conn, statement)
         }
+        of_columns = conn.execute(
+            "select kind || ' ' || relname from pg_class,"
+            " unnest(array['select', 'insert', 'update', 'references']) as kind"
+            f" where {OURS} and relkind <> 'S' and has_any_column_privilege(oid, kind)"
+        )
+        used |= {right for (right,) in of_columns}
     return called | used
 
 
@@ -359,6 +366,51 @@ def test_migrating_needs_no_right_to_make_roles(create_database) -> None:
     finally:
         rows(admin, f"drop owned by {name} cascade")
         rows(admin, f"drop role {name}")
+        admin.dispose()
+
+
+def test_a_user_who_may_create_roles_needs_no_more() -> None:
+    """On a server of its own, on which nobody has made the roles yet."""
+    with Server(durable=False) as server:
+        admin = create_engine(server.create_database("shop"))
+        rows(admin, "create role migrator login createrole password 'secret'")
+        rows(admin, "alter database shop owner to migrator")
+        own = create_engine(admin.url.set(username="migrator", password="secret"))
+        migrate(own)
+
+        make_roles(own)
+        make_roles(own)
+        migrate(own)
+
+        assert value(own, "select pg_has_role('sqlqueue_owner', 'usage')")
+        rows(own, "create role web login password 'secret' in role sqlqueue_enqueue")
+        web = create_engine(admin.url.set(username="web", password="secret"))
+        assert value(web, "select sqlqueue.enqueue('greet')")
+        for engine in (web, own, admin):
+            engine.dispose()
+
+
+def test_users_are_made_as_the_page_says(create_database) -> None:
+    page = (ROOT / "docs/security.md").read_text()
+    (script,) = re.findall(r"^```sql\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
+    users = re.findall(r"create role (\w+)", script)
+    assert len(users) == len(ROLES)
+    admin = create_engine(create_database())
+    migrate(admin)
+    make_roles(admin)
+    named = {name: f"test_{os.getpid()}_{name}" for name in users}
+    rows(admin, re.sub(rf"\brole ({'|'.join(users)})\b", lambda m: f"role {named[m[1]]}", script))
+    try:
+        viewer = create_engine(admin.url.set(username=named["grafana"], password="change it"))
+        assert rows(viewer, "select count(*) from sqlqueue.jobs") == [(0,)]
+        settings = "current_setting('statement_timeout'), current_setting('transaction_read_only')"
+        assert rows(viewer, f"select {settings}") == [("5s", "on")]
+        config = "select rolconfig from pg_roles where rolname = 'sqlqueue_view'"
+        assert value(admin, config) == ["statement_timeout=5s", "default_transaction_read_only=on"]
+        viewer.dispose()
+    finally:
+        for name in named.values():
+            rows(admin, f"drop role {name}")
         admin.dispose()
 
 
