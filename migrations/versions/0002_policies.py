@@ -408,10 +408,15 @@ begin
     where queue = admit.queue
     for update skip locked;
     if not found then
-        insert into sqlqueue.turn (queue) values (admit.queue)
-        on conflict do nothing
-        returning flow into last_flow;
-        if not found then  -- another worker admits
+        -- It is locked, or not there yet. An insert would wait for whoever has inserted or changed
+        -- it and not committed, so the first one is made by whoever holds the lock of its name.
+        if pg_try_advisory_xact_lock(hashtextextended('sqlqueue.turn ' || admit.queue, 0)) then
+            insert into sqlqueue.turn (queue)
+            select admit.queue
+            where not exists (select from sqlqueue.turn where queue = admit.queue)
+            returning flow into last_flow;
+        end if;
+        if last_flow is null then  -- another worker admits
             return query select cast(null as smallint), cast(0 as bigint), 0.005::double precision;
             return;
         end if;
