@@ -95,14 +95,13 @@ class Job(Generic[R]):
         """End the job as cancelled; return False if it had ended already.
 
         A job that is ready or scheduled ends at once. A running one is told; it ends as
-        cancelled unless it succeeds first. The request is durable, and committed before the
-        job is looked for again, so that a job which moves meanwhile is not missed.
+        cancelled unless it ends otherwise first. The request is durable: a job that moves while
+        it is looked for does not run again.
         """
-        job_id, cancel = str(self.id), self._queue.store.cancel
         with self._queue.autocommit() as conn:
-            if not cancel(conn, job_id, reason):
-                cancel(conn, job_id, reason)
-        return not self.refresh().has_ended or self.state == "cancelled"
+            is_asked = self._queue.store.cancel(conn, str(self.id), reason)
+        self.refresh()
+        return self.state == "cancelled" or (is_asked and not self.has_ended)
 
     def retry(self) -> bool:
         """Make the job ready again, with all its attempts; return whether that was possible.

@@ -712,7 +712,15 @@ begin
     perform pg_notify('sqlqueue', concat_ws(' ', worker_id, 'cancel', job_id))
     from sqlqueue.lease
     where job_id = wanted;
-    return found;
+    -- A job that moved while this looked is met the second time, or asked at its next move.
+    return found
+        or sqlqueue.cancel_unstarted(wanted, cancel.reason)
+        or exists (
+            select
+            from sqlqueue.cancel_request
+            where cancel_request.job_id = wanted
+              and not exists (select from sqlqueue.run where run.job_id = wanted and is_final)
+        );
 end
 $$;
 comment on function sqlqueue.cancel_job is
