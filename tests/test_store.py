@@ -3,11 +3,9 @@
 import json
 import random
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from datetime import timedelta
 from itertools import pairwise
-from threading import Event
 from typing import Any
 from uuid import uuid4
 
@@ -16,12 +14,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sqlalchemy import Connection, Engine, create_engine, text
 
-from sqlqueue import Job, Options, Queue
+from sqlqueue import Options
 from sqlqueue.integrations.alembic import migrate
 from sqlqueue.literal import array, new_id
 from sqlqueue.store import Ended, Executes, Lane, Store
 from tests.faults.checks import violations
-from tests.harness import wait_until
 
 TTL = timedelta(seconds=30)
 SECOND = timedelta(seconds=1)
@@ -927,16 +924,6 @@ def prepare(engine: Engine, store: Store, jobs: int, **options: Any) -> tuple[in
         return hire(conn, store), add(conn, store, jobs, **options)
 
 
-def wait_for_a_lock(engine: Engine) -> None:
-    """Return when a session of this database waits for a lock."""
-    statement = (
-        "select count(*) from pg_stat_activity"
-        " where datname = current_database() and wait_event_type = 'Lock'"
-    )
-    with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as conn:
-        wait_until(lambda: conn.scalar(text(statement)), what="somebody waits for a lock")
-
-
 def test_a_claim_steps_over_jobs_that_another_is_claiming(engine, sessions, store) -> None:
     one, other = sessions
     worker, ids = prepare(engine, store, 4)
@@ -981,41 +968,6 @@ def test_a_promotion_steps_over_jobs_that_another_is_promoting(engine, sessions,
         assert len(rows(conn, "ready")) == 3
 
 
-def test_a_rescue_steps_over_what_its_dead_worker_is_finishing(engine, sessions, store) -> None:
-    one, other = sessions
-    worker, (job_id,) = prepare(engine, store, 1)
-    with engine.begin() as conn:
-        claim(conn, store, worker)
-
-    assert store.finish(one, [Ended(job_id, 1, "succeeded")]) == {job_id}
-    never_waits(other)
-    assert store.rescue(other, 10, seen_dead=worker) == []
-    other.commit()
-    one.commit()
-
-    assert store.rescue(other, 10) == []
-    assert job_of(other, store, job_id).state == "succeeded"
-    assert violations(other) == []
-
-
-def test_a_run_that_is_being_rescued_cannot_be_finished(engine, sessions, store) -> None:
-    one, other = sessions
-    worker, (job_id,) = prepare(engine, store, 1)
-    with engine.begin() as conn:
-        claim(conn, store, worker)
-
-    assert [ended.job_id for ended in store.rescue(one, 10, seen_dead=worker)] == [job_id]
-    never_waits(other)
-    assert store.finish(other, [Ended(job_id, 1, "succeeded")]) == set()
-    assert set(store.leases(other, worker)) == {(job_id, 1)}  # to be tried again
-    one.commit()
-
-    assert store.finish(other, [Ended(job_id, 1, "succeeded")]) == set()
-    assert store.leases(other, worker) == {}
-    assert ids_in(other, "ready") == [job_id]
-    assert violations(other) == []
-
-
 def test_two_rescues_share_what_is_to_be_rescued(engine, sessions, store) -> None:
     one, other = sessions
     worker, ids = prepare(engine, store, 3)
@@ -1031,21 +983,6 @@ def test_two_rescues_share_what_is_to_be_rescued(engine, sessions, store) -> Non
     assert sorted(ended.job_id for ended in first + second) == sorted(ids)
 
 
-def test_two_retries_of_a_job_make_it_ready_once(engine, sessions, store) -> None:
-    one, other = sessions
-    with engine.begin() as conn:
-        job_id = end(conn, store, "failed")
-
-    assert store.retry(one, job_id)
-    with ThreadPoolExecutor(1) as thread:
-        again = thread.submit(store.retry, other, job_id)
-        wait_for_a_lock(engine)
-        one.commit()
-        assert again.result(timeout=10) is False
-
-    assert ids_in(other, "ready") == [job_id]
-
-
 def test_workers_that_arm_at_once_hang_a_bell(engine, sessions, store) -> None:
     one, other = sessions
 
@@ -1056,60 +993,6 @@ def test_workers_that_arm_at_once_hang_a_bell(engine, sessions, store) -> None:
     other.commit()
 
     assert bells(other) == {"default": 2}
-
-
-def cancel_while(engine: Engine, queue: Queue, job_id: str, moves: Connection) -> bool:
-    """Cancel a job of which a move is not committed yet; commit that when the cancel waits."""
-    with ThreadPoolExecutor(1) as thread:
-        cancelling = thread.submit(Job(queue, job_id).cancel)
-        wait_for_a_lock(engine)
-        moves.commit()
-        return cancelling.result(timeout=10)
-
-
-def test_a_cancel_that_races_a_claim_is_not_lost(engine, sessions, store, queue) -> None:
-    one, other = sessions
-    worker, (job_id,) = prepare(engine, store, 1)
-    claim(one, store, worker)
-
-    assert cancel_while(engine, queue, job_id, one)
-
-    assert store.leases(other, worker) == {(job_id, 1): True}
-    store.finish(other, [Ended(job_id, 1, "failed", SECOND)])
-    assert job_of(other, store, job_id).state == "cancelled"
-
-
-def test_a_cancel_that_races_a_promotion_is_not_lost(engine, sessions, store, queue) -> None:
-    one, other = sessions
-    _, (job_id,) = prepare(engine, store, 1, delay=SECOND)
-    with engine.begin() as conn:
-        let_pass(conn, SECOND)
-    store.promote(one, None, 10)
-
-    assert cancel_while(engine, queue, job_id, one)
-
-    assert job_of(other, store, job_id).state == "cancelled"
-
-
-@pytest.mark.parametrize("outcome", ["returned", "failed"])
-def test_a_cancel_that_races_the_end_of_a_run_is_not_lost(
-    engine, sessions, store, queue, outcome
-) -> None:
-    one, _ = sessions
-    ran = Event()
-    queue.task(name="greet")(lambda: ran.set())
-    worker, (job_id,) = prepare(engine, store, 1)
-    with engine.begin() as conn:
-        claim(conn, store, worker)
-
-    store.finish(one, [Ended(job_id, 1, outcome, AT_ONCE)])  # sees no request
-    assert Job(queue, job_id).cancel()  # sees the lease
-    one.commit()
-
-    with queue.worker("default", drain=True) as worker:
-        assert worker.join(timeout=30)
-    assert Job(queue, job_id).state == "cancelled"
-    assert not ran.is_set()
 
 
 # Retention, in a database of its own
