@@ -714,7 +714,7 @@ begin
     where job_id = wanted;
     -- A job that moved while this looked is met the second time, or asked at its next move.
     return found
-        or sqlqueue.cancel_unstarted(wanted, cancel.reason)
+        or sqlqueue.cancel_unstarted(wanted, cancel_job.reason)
         or exists (
             select
             from sqlqueue.cancel_request
