@@ -7,12 +7,12 @@ from tests.faults.mutants import replace
 BAR = "r21"
 TESTS = "tests/faults/test_permute.py"
 FILE = "migrations/versions/0002_policies.py"
-ASKED = """    select id, cancel.reason
+ASKED = """    select id, cancel_job.reason
     from sqlqueue.job
     where id = wanted
       and not exists (select from sqlqueue.run where run.job_id = wanted and is_final)
 """
-RUNNING = """    select job_id, cancel.reason
+RUNNING = """    select job_id, cancel_job.reason
     from sqlqueue.lease
     where job_id = wanted
 """
