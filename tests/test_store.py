@@ -1,7 +1,6 @@
 """Each statement of the store, in a transaction that is rolled back; then two sessions at once."""
 
 import json
-import random
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from datetime import timedelta
@@ -812,91 +811,6 @@ def test_the_view_names_each_state(conn, store) -> None:
     read = store.jobs(conn, given, [True] * len(given))
     assert [one for one, job in read.items() if job is None] == [unknown]
     assert store.jobs(conn, given, []).keys() == {*ended.values(), unknown}
-
-
-class Walk:
-    """Jobs on a random walk over the verbs of the store."""
-
-    def __init__(self, conn: Connection, store: Store, rng: random.Random) -> None:
-        self.conn, self.store, self.rng = conn, store, rng
-        self.jobs: list[str] = []
-        self.runs: list[tuple[str, int]] = []
-        self.worker = hire(conn, store)
-
-    def enqueue(self) -> None:
-        delay = self.rng.choice([None, SECOND])
-        self.jobs += add(self.conn, self.store, 2, delay=delay, max_crashes=3)
-
-    def claim(self) -> None:
-        for is_suspect in (False, True):
-            lane = Lane("default", 0, is_suspect)
-            found = claim(self.conn, self.store, self.worker, slots=2, lane=lane)
-            self.runs += [(one.job_id, one.run) for one in found]
-
-    def finish(self) -> None:
-        """End some runs, that may have ended long ago."""
-        again = ("failed", "timed_out", "crashed", "snoozed", "returned")
-        ended = (*again, "succeeded", "cancelled", "expired")
-        some = dict(self.rng.choices(self.runs, k=2)) if self.runs else {}
-        batch = []
-        for job_id, run in some.items():
-            goes_on = self.rng.random() < 0.5
-            outcome = self.rng.choice(again if goes_on else ended)
-            batch.append(Ended(job_id, run, outcome, SECOND if goes_on else None))
-        self.store.finish(self.conn, batch)
-
-    def promote(self) -> None:
-        let_pass(self.conn, SECOND)
-        self.store.promote(self.conn, None, 2)
-
-    def cancel(self) -> None:
-        if self.jobs:
-            job_id = self.rng.choice(self.jobs)
-            request_cancel(self.conn, job_id, "no more")
-            if self.rng.random() < 0.5:
-                self.store.cancel(self.conn, job_id, "no more")
-
-    def rescue(self) -> None:
-        silence(self.conn, self.worker, 2 * TTL)
-        self.store.rescue(self.conn, 2)
-        self.worker = hire(self.conn, self.store)
-
-    def retry(self) -> None:
-        if self.jobs:
-            self.store.retry(self.conn, self.rng.choice(self.jobs))
-
-    def drain(self) -> None:
-        """Run what is left until everything has ended."""
-        self.store.rescue(self.conn, 100, seen_dead=self.worker)
-        while any(rows(self.conn, table) for table in LIVE):
-            self.rescue()
-            self.promote()
-            self.claim()
-            latest = dict(self.runs)
-            self.store.finish(self.conn, [Ended(*run, "succeeded") for run in latest.items()])
-
-
-VERBS = ("enqueue", "claim", "finish", "promote", "cancel", "rescue", "retry")
-
-
-@settings(
-    max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
-@given(verbs=st.lists(st.sampled_from(VERBS), max_size=30), seed=st.integers(0, 2**32))
-def test_every_ended_job_has_one_final_run(conn, store, verbs, seed) -> None:
-    nested = conn.begin_nested()
-    walk = Walk(conn, store, random.Random(seed))
-    walk.enqueue()
-
-    for verb in verbs:
-        getattr(walk, verb)()
-        assert violations(conn) == []
-    walk.drain()
-
-    assert violations(conn) == []
-    finals = [str(run["job_id"]) for run in rows(conn, "run") if run["is_final"]]
-    assert sorted(finals) == sorted(walk.jobs)
-    nested.rollback()
 
 
 # Two sessions
