@@ -31,7 +31,8 @@ from sqlqueue import (
 )
 from sqlqueue.store import Ended, Lane, Store
 from tests.conftest import TABLES
-from tests.test_store import hire, wait_for_a_lock
+from tests.harness import wait_until
+from tests.test_store import hire
 
 KINDS = (
     "Session", "Connection", "AsyncSession", "AsyncConnection", "psycopg", "async psycopg"
@@ -318,6 +319,16 @@ def test_an_enqueue_repeated_after_its_job_ended_runs_nothing(greet, engine, sto
 
     assert ids_in(engine, "ready") == []
     assert job.state == "succeeded"
+
+
+def wait_for_a_lock(engine: Engine) -> None:
+    """Return when a session of this database waits for a lock."""
+    statement = (
+        "select count(*) from pg_stat_activity"
+        " where datname = current_database() and wait_event_type = 'Lock'"
+    )
+    with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as conn:
+        wait_until(lambda: conn.scalar(text(statement)), what="somebody waits for a lock")
 
 
 def uuid_at(at: datetime) -> UUID:
