@@ -6,8 +6,9 @@ from datetime import timedelta
 from typing import Any
 
 import psycopg
-from sqlalchemy import Connection, Engine
+from sqlalchemy import URL, Connection, Engine
 from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
 from sqlqueue.store import Executes, Store
 from sqlqueue.transaction import Driver
@@ -25,7 +26,7 @@ class Link:
         self._engine = engine
         self._store = store
         self._conn: Connection | None = None
-        self._driver: psycopg.Connection[Any]
+        self.driver: psycopg.Connection[Any]
 
     @contextmanager
     def begin(self, patience: timedelta) -> Iterator[Executes]:
@@ -36,25 +37,32 @@ class Link:
         try:
             if self._conn is None:
                 self._conn = self._engine.connect()
-                self._driver = driver_of(self._conn)
+                self.driver = driver_of(self._conn)
             # One round trip: a client-side cursor sends two statements as one text.
-            psycopg.ClientCursor(self._driver).execute(*self._store.begin(patience))
-            yield Driver(self._driver)
-            self._driver.commit()
+            psycopg.ClientCursor(self.driver).execute(*self._store.begin(patience))
+            yield Driver(self.driver)
+            self.driver.commit()
         except DatabaseError:
             self.close()
             raise
         except BaseException:
-            self._driver.rollback()
+            self.driver.rollback()
             raise
 
     def close(self) -> None:
         """Close the connection; the next transaction opens another."""
         conn, self._conn = self._conn, None
         if conn is not None:
-            self._driver.close()
+            self.driver.close()
             conn.invalidate()  # what was taken out of its pool is closed by us alone
             conn.close()
+
+
+def async_engine(url: URL, like: psycopg.Connection[Any], **pool: Any) -> AsyncEngine:
+    """Make an engine for coroutines, which connects as an open connection did, however that was."""
+    how = {"password": like.info.password, "prepare_threshold": like.prepare_threshold}
+    how |= like.info.get_parameters()
+    return create_async_engine(url, hide_parameters=True, connect_args=how, **pool)
 
 
 def driver_of(conn: Connection) -> psycopg.Connection[Any]:

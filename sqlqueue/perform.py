@@ -8,7 +8,7 @@ import asyncio
 from collections.abc import Callable
 from contextlib import nullcontext
 
-from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker
 from sqlalchemy.orm import Session
 
 from sqlqueue.run import Run
@@ -49,8 +49,8 @@ class InThread:
 class OnLoop:
     """Calls coroutine functions on the event loop it is awaited on."""
 
-    def __init__(self, session: Callable[[], AsyncSession]) -> None:
-        self._session = session
+    def __init__(self, engine: AsyncEngine) -> None:
+        self._session = async_sessionmaker(engine, expire_on_commit=False)
 
     async def perform(self, run: Run) -> Ended | None:
         """Await the function; None if the run finished its job in a transaction of its own."""

@@ -11,10 +11,10 @@ from functools import partial
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 from sqlalchemy.orm import Session
 
 from sqlqueue.executors import Executor, LoopExecutor, ThreadExecutor
+from sqlqueue.link import async_engine
 from sqlqueue.notes import Said
 from sqlqueue.perform import InThread, OnLoop
 from sqlqueue.process import Child
@@ -23,8 +23,7 @@ from sqlqueue.run import Run
 from sqlqueue.store import Ended
 
 if TYPE_CHECKING:
-    from sqlqueue.queue import Queue
-    from sqlqueue.worker import WorkerOptions
+    from sqlqueue.worker import Worker
 
 log = logging.getLogger("sqlqueue.worker")
 STALE = 0.25  # seconds after which a job that still waits for a slot here is handed back
@@ -36,22 +35,20 @@ class Runs:
     """What is held, by (job id, run), and what has ended and is not recorded yet.
 
     next_check monotonic time at which `check` has something to do
-    wake       called when a run is over or is to be looked at
     said       what runs say, to be written
     lingering  runs that are over for us, and go on in a slot all the same
     has_stale  set when jobs claimed ahead had to be handed back: they take longer than thought
     is_stuck   whether a run went on after its end
     """
 
-    def __init__(self, queue: "Queue", options: "WorkerOptions", wake: Callable[[], None]) -> None:
+    def __init__(self, worker: "Worker") -> None:
         self.held: dict[tuple[str, int], Run] = {}
         self.lingering: set[Run] = set()
         self.said = Said()
         self.has_stale = False
         self.is_stuck = False
-        self._queue = queue
-        self._options = options
-        self._wake = wake
+        self._options = worker.options
+        self._worker = worker
         self._executors: dict[str, Executor] = {}
         self._over: deque[End] = deque()
         self.next_check = NEVER
@@ -63,8 +60,8 @@ class Runs:
         now, patience = monotonic(), self._options.ttl * 2 / 3
         batches: dict[str, list[Run]] = {}
         for row in rows:
-            task = self._queue.tasks[row.task]
-            run = Run(row, task, self._queue.store, now, self.said, patience)
+            task = self._worker.queue.tasks[row.task]
+            run = Run(row, task, self._worker.queue.store, now, self.said, patience)
             self.held[run.key] = run
             if row.is_expired or row.is_cancelled:
                 why = "expired" if row.is_expired else "cancelled"
@@ -88,11 +85,10 @@ class Runs:
         self.done(run, ended)
 
     def _make(self, kind: str) -> Executor:
-        slots, engine = self._options.slots, self._queue.engine
+        slots, engine = self._options.slots, self._worker.queue.engine
         if kind == "async":
-            on_loop = create_async_engine(engine.url, hide_parameters=True, pool_size=slots)
-            session = partial(AsyncSession, on_loop, expire_on_commit=False)
-            return LoopExecutor(slots, OnLoop(session).perform, on_loop.dispose, self.done)
+            on_loop = async_engine(engine.url, self._worker.link.driver, pool_size=slots)
+            return LoopExecutor(slots, OnLoop(on_loop).perform, on_loop.dispose, self.done)
         if kind == "thread":
             in_thread = InThread(partial(Session, engine))
             return ThreadExecutor(slots, lambda: in_thread, self.done)
@@ -116,7 +112,7 @@ class Runs:
         if not run.is_over:
             run.is_over = True
             self._over.append((run, ended))
-            self._wake()
+            self._worker.wake()
 
     def take_over(self) -> list[End]:
         """Return what has ended since the last call, of what is still held."""
@@ -132,7 +128,7 @@ class Runs:
         if run.executor is not None:
             run.executor.interrupt(run)
         self._must_check = True
-        self._wake()
+        self._worker.wake()
 
     def check(self, now: float) -> None:
         """Interrupt what is out of time, give up on what ignores that, hand back what waits."""
@@ -194,8 +190,8 @@ class Runs:
 
     def tell(self, ended: Iterable[Ended]) -> None:
         """Have the hooks of the application told, in a thread of theirs, how runs ended."""
-        if self._queue.after_run:
-            self._hooks.submit(tell, self._queue, list(ended))
+        if self._worker.queue.after_run:
+            self._hooks.submit(tell, self._worker.queue.after_run, list(ended))
 
     def stop(self) -> None:
         """End the executors."""
@@ -203,10 +199,10 @@ class Runs:
             executor.stop()
 
 
-def tell(queue: "Queue", ended: Iterable[Ended]) -> None:
+def tell(hooks: Iterable[Callable[[Ended], object]], ended: Iterable[Ended]) -> None:
     """Call the hooks of the application for each end of a run; log what they raise."""
     for one in ended:
-        for hook in queue.after_run:
+        for hook in hooks:
             try:
                 hook(one)
             except Exception as error:

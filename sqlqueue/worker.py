@@ -98,11 +98,11 @@ class Worker:
         self.signs = signs
         self.lanes = Lanes.of(names)
         self.id = 0
-        self.runs = Runs(queue, options, self.wake)
+        self.link = Link(queue.engine, queue.store)
+        self.runs = Runs(self)
         self.progress = monotonic()
         self.stopped = threading.Event()
         self.error: Exception | None = None
-        self._link = Link(queue.engine, queue.store)
         self._bell = Bell(queue.store, self.lanes.names, options.poll)
         self._unsettled: list[End] = []
         self._isolates = False
@@ -130,7 +130,7 @@ class Worker:
             (self.heartbeat.beat, self.heartbeat.wakes, self.heartbeat.link),
             (self.heartbeat.watch, threading.Event(), None),
             (self.upkeep.look, self.upkeep.wakes, self.upkeep.link),
-            (self._turn, self._wakes, self._link),
+            (self._turn, self._wakes, self.link),
         ]
         if self.options.listen:
             self._parts.append((self.listener.listen, threading.Event(), None))
@@ -177,7 +177,7 @@ class Worker:
     def _register(self) -> None:
         options, pid, host = self.options, os.getpid(), socket.gethostname()
         name, serves = options.name or f"{host}:{pid}", (self.lanes.names, sorted(self.queue.tasks))
-        with self._link.begin(options.ttl) as conn:
+        with self.link.begin(options.ttl) as conn:
             self.id = self.queue.store.register(
                 conn, options.ttl, pid, options.slots, host, name, sqlqueue.__version__, *serves
             )
@@ -253,7 +253,7 @@ class Worker:
         if not ended and room <= 0 and not self._bell.is_in_vain:
             return 0
         try:
-            with self._link.begin(self.options.ttl * 2 / 3) as conn:
+            with self.link.begin(self.options.ttl * 2 / 3) as conn:
                 self._bell.take_down(conn, self.id)
                 finished, locked = self._settle(conn, ended)
                 rows = self._claim(conn, room) if room > 0 else []
@@ -465,7 +465,7 @@ class Worker:
             with (
                 suppress(*DatabaseError),
                 self.runs.said.taken() as lines,
-                self._link.begin(self.options.ttl) as conn,
+                self.link.begin(self.options.ttl) as conn,
             ):
                 if lines:
                     self.queue.store.log(conn, lines)

@@ -15,7 +15,7 @@ import pytest
 from sqlalchemy import Engine
 from sqlalchemy.orm import Session
 
-from sqlqueue import Ended, Job, LeaseLost, Queue, Retry, Run, WorkerOptions, current_run
+from sqlqueue import Ended, Job, LeaseLost, Queue, Retry, Run, current_run
 from sqlqueue.runs import Runs
 from tests.harness import (
     CLOCKS,
@@ -258,7 +258,7 @@ def test_a_process_job_that_waits_for_a_slot_is_cancelled_without_a_start(app, e
 
 
 def test_a_run_that_ends_just_as_it_is_given_up_leaves_its_slot(queue):
-    runs = Runs(queue, WorkerOptions(), lambda: None)
+    runs = Runs(queue.worker())
     row = SimpleNamespace(job_id="j", run=1, failures=0, task="t", queue="q")
     run = Run(row, None, queue.store, 0.0, runs.said, started=0.0)
     runs.held[run.key] = run

@@ -23,6 +23,7 @@ from tests.harness import (
     rows,
     value,
     wait_until,
+    work,
 )
 
 LEVELS = ["READ COMMITTED", "REPEATABLE READ", "SERIALIZABLE"]
@@ -49,6 +50,23 @@ def transactions(engine: Engine, job: Job[Any], follow_up: str) -> set[str]:
     found = [row[0] for row in rows(engine, sql, id=job.id, follow_up=follow_up)]
     assert len(found) == 3
     return set(found)
+
+
+def test_the_session_of_a_coroutine_connects_as_the_queues_engine_does(migrated_url, engine):
+    how = {"application_name": "a shop's", "prepare_threshold": None}
+    queue = Queue(create_engine(migrated_url, connect_args=how))
+
+    @queue.task(name="look", transactional=True)
+    async def look(session: AsyncSession) -> list[Any]:
+        pooled = await (await session.connection()).get_raw_connection()
+        name = await session.scalar(text("show application_name"))
+        return [name, pooled.driver_connection.prepare_threshold]
+
+    job = look.enqueue()
+    work(queue)
+
+    assert job.wait(SOON) == list(how.values())
+    queue.engine.dispose()
 
 
 def test_the_writes_of_a_task_its_follow_up_and_its_end_are_one_commit(queue, engine):

@@ -19,7 +19,7 @@ from pdb import post_mortem
 from typing import Any
 
 import click
-from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
+from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
 from sqlqueue import __version__
@@ -50,6 +50,7 @@ from sqlqueue.cli.words import (
     yes_option,
 )
 from sqlqueue.codec import encode_call, encode_value
+from sqlqueue.link import async_engine, driver_of
 from sqlqueue.queue import Queue
 from sqlqueue.reports import Control, misuse
 from sqlqueue.task import Task
@@ -324,7 +325,8 @@ async def perform_async(queue: Queue, task: AnyTask, args: Args, kwargs: Kwargs)
     """Do what `perform` does, for a coroutine function."""
     if not task.transactional:
         return await task.function(*args, **kwargs)
-    engine = create_async_engine(queue.engine.url, hide_parameters=True)
+    with queue.engine.connect() as conn:
+        engine = async_engine(queue.engine.url, driver_of(conn))
     try:
         async with AsyncSession(engine, expire_on_commit=False) as session, session.begin():
             return await task.function(session, *args, **kwargs)
