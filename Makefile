@@ -12,7 +12,13 @@ BIN := $(VENV)/bin
 NONE = { status=$$?; test "$(PYTEST_ARGS)" -a $$status = 5 || exit $$status; }
 INSTALLED := $(VENV)/installed
 
-.PHONY: demo test lint bench nightly wheel
+NIGHTLY := faults server storage mutants others
+FAULTS := tests/faults/test_crashes.py tests/faults/test_pauses.py tests/faults/test_permute.py
+SERVER := tests/faults/test_server.py tests/faults/test_network.py
+STORAGE := tests/faults/test_storage.py tests/faults/test_waking.py tests/faults/test_retention.py
+MUTANTS := tests/faults/test_mutants.py
+
+.PHONY: demo test lint bench nightly $(NIGHTLY:%=nightly-%) wheel
 
 demo: $(INSTALLED)
 	$(BIN)/sqlqueue demo
@@ -30,8 +36,16 @@ lint: $(INSTALLED)
 bench: $(INSTALLED)
 	$(BIN)/sqlqueue bench
 
-nightly: $(INSTALLED)
-	$(BIN)/pytest -m nightly $(PYTEST_ARGS)
+# The long forms, in parts of less than an hour each; results go into docs/bars.json and its page.
+nightly: $(NIGHTLY:%=nightly-%)
+nightly-faults: WHAT = $(FAULTS)
+nightly-server: WHAT = $(SERVER)
+nightly-storage: WHAT = $(STORAGE)
+nightly-mutants: WHAT = $(MUTANTS)
+nightly-others: WHAT = $(patsubst %,--ignore %,$(FAULTS) $(SERVER) $(STORAGE) $(MUTANTS))
+$(NIGHTLY:%=nightly-%): $(INSTALLED)
+	SQLQUEUE_BARS=docs/bars.json $(BIN)/pytest -m nightly $(WHAT) $(PYTEST_ARGS)
+	$(BIN)/python -m tests.faults.results docs/bars.json docs/bars.md
 
 wheel: $(INSTALLED)
 	rm -rf dist
