@@ -29,6 +29,7 @@ UNSTARTED = ("scheduled", "waiting", "ready")
 AGAIN = ("failed", "timed_out", "snoozed", "returned", "crashed")
 LAST = ("succeeded", "failed", "timed_out", "crashed", "cancelled", "expired")
 ENDS = [(one, True) for one in AGAIN] + [(one, False) for one in LAST]
+POLICIES = [None, Policy(concurrency=1), Policy(concurrency=2), Policy(keeps_order=True)]
 ALL = 100
 
 
@@ -106,13 +107,16 @@ class Jobs(RuleBasedStateMachine):
     @initialize(
         target=ids,
         are_delayed=st.lists(st.booleans(), min_size=3, max_size=3),
+        policy=st.sampled_from(POLICIES),
         running=st.integers(1, 3),
     )
-    def begin(self, are_delayed: list[bool], running: int) -> Any:
+    def begin(self, are_delayed: list[bool], policy: Policy | None, running: int) -> Any:
         self.conn.rollback()  # of an example that failed
         self.conn.exec_driver_sql(";".join(f"delete from sqlqueue.{name}" for name in TABLES))
         self.hire()
         made = [self.enqueue(one, "", None, False, "skip") for one in are_delayed]
+        self.set_policy(policy)
+        self.admit(running)
         self.claim(0, running)
         return multiple(*made)
 
@@ -284,11 +288,7 @@ class Jobs(RuleBasedStateMachine):
         self.store.pause(self.conn, "queue", QUEUE, is_paused, "", None, None)
         self.is_paused = is_paused
 
-    @rule(
-        policy=st.sampled_from(
-            [None, Policy(concurrency=1), Policy(concurrency=2), Policy(keeps_order=True)]
-        )
-    )
+    @rule(policy=st.sampled_from(POLICIES))
     def set_policy(self, policy: Policy | None) -> None:
         """Set a policy, unless it allows less than what is held: that is no violation."""
         before, self.policy = self.policy, policy
