@@ -105,8 +105,7 @@ class Notes:
     def close(self) -> None:
         """Say how many records were not kept."""
         if self._dropped:
-            told = f"{self._dropped} more records were not kept"
-            self._say("WARNING", message=told)
+            self._say("WARNING", message=f"{self._dropped} more records were not kept")
             self._dropped = 0
 
     def _say(self, level: str, *what: Any, **more: Any) -> None:

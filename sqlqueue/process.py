@@ -4,11 +4,13 @@ Children are started with spawn, live long, and are replaced after a number of r
 have grown too large. A child leads a process group of its own, and dies with its parent.
 """
 
+import fcntl
 import logging
 import os
 import pkgutil
 import resource
 import signal
+import sys
 import threading
 from contextlib import suppress
 from datetime import timedelta
@@ -116,17 +118,23 @@ def _kill_group(pid: int) -> None:
 
 
 def die_with_parent() -> None:
-    """Make this process, its group if it leads one, die as soon as its parent has."""
-    parent = parent_process()
+    """Have this process, its group if it leads one, killed as soon as its parent is dead.
+
+    On Linux the system does it, when the pipe from the parent is closed: no thread of ours runs
+    while a task's code holds the interpreter's lock, or the process is stopped.
+    """
+    parent: Any = parent_process()
+    whom = os.getpid() * (-1 if os.getpgrp() == os.getpid() else 1)
 
     def watch() -> None:
-        if parent is not None:
-            parent.join()
-        if os.getpgrp() == os.getpid():
-            os.killpg(0, signal.SIGKILL)
-        os._exit(1)
+        parent.join()
+        os.kill(whom, signal.SIGKILL)
 
     threading.Thread(target=watch, name="sqlqueue parent", daemon=True).start()
+    if sys.platform == "linux":
+        fcntl.fcntl(parent.sentinel, fcntl.F_SETOWN, whom)
+        fcntl.fcntl(parent.sentinel, fcntl.F_SETSIG, signal.SIGKILL)
+        fcntl.fcntl(parent.sentinel, fcntl.F_SETFL, os.O_ASYNC)
 
 
 def _serve(pipe: "Connection[Any, Any]", level: int) -> None:

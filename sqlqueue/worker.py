@@ -295,8 +295,7 @@ class Worker:
         for run, one in ended:
             if run.key[0] in locked:
                 if one is None:
-                    error = RuntimeError("run.finish was rolled back by the task")
-                    one = run.failed(error)
+                    one = run.failed(RuntimeError("run.finish was rolled back by the task"))
                 self._unsettled.append((run, one))
                 continue
             self.runs.held.pop(run.key, None)
@@ -368,8 +367,7 @@ class Worker:
         if rows:
             self._bell.found(conn, lane if len(rows) == room else None, self._admits_at < NEVER)
         else:
-            is_heard = self.options.listen and self.listener.is_heard
-            self._bell.found_nothing(conn, self.id, is_heard)
+            self._bell.found_nothing(conn, self.id, self.options.listen and self.listener.is_heard)
         self._taken += len(rows)
         is_idle = sweeps and not rows and not self.runs.held and self._admits_at == NEVER
         if self.options.drain and is_idle and self.upkeep.passes:
@@ -395,8 +393,7 @@ class Worker:
             known = [lane.priority for lane in self.lanes.in_queue(queue, only)]
             for lane in store.lanes(conn, queue, known, only):
                 self.lanes.add(lane)
-            suspects = [] if only else store.lanes(conn, queue, [], True)
-            for lane in suspects:
+            for lane in store.lanes(conn, queue, [], True) if not only else ():
                 self.lanes.add(lane)
                 self._sees_suspects = self.options.suspects == "alone"
                 if self.signs:
