@@ -9,6 +9,7 @@ import logging
 import multiprocessing
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -102,6 +103,32 @@ def poison() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+@queue.task(name="topple")
+def topple() -> None:
+    """Take the whole tree of worker processes down."""
+    os.killpg(0, signal.SIGKILL)
+
+
+@queue.task(name="stay")
+def stay(key: str) -> None:
+    """Write down the start, and stay until somebody writes the key "go"."""
+    note(key)
+    while not _is_written("go"):
+        threading.Event().wait(0.05)
+
+
+def _is_written(key: str) -> bool:
+    with queue.engine.begin() as conn:
+        return bool(conn.scalar(text("select count(*) from effect where key = :key"), {"key": key}))
+
+
+@queue.task(name="rest")
+async def rest(key: str, seconds: float) -> None:
+    """Write down the start, then take some time on the event loop."""
+    note(key)
+    await asyncio.sleep(seconds)
+
+
 @queue.task(name="wedge")
 def wedge(key: str) -> None:
     """Never end, and look at nothing."""
@@ -110,8 +137,9 @@ def wedge(key: str) -> None:
 
 
 @queue.task(name="hold_interpreter")
-def hold_interpreter(seconds: int) -> int:
+def hold_interpreter(seconds: int, key: str = "holds the interpreter") -> int:
     """Hold the interpreter's lock: no other thread of this process runs meanwhile."""
+    note(key)
     ctypes.PyDLL(None).sleep(seconds)
     return current_run().number
 
@@ -137,10 +165,22 @@ def hidden() -> None:
 known_to_the_worker, hidden = hidden, None  # type: ignore[assignment]
 
 
-@queue.task(name="segfault", executor="process", max_crashes=2)
-def segfault() -> None:
-    """Read at address 0."""
-    ctypes.string_at(0)
+@queue.task(name="die", executor="process", max_crashes=1, retry=Retry(attempts=1))
+def die(how: str) -> None:
+    """End this child process; or, out of memory by a limit of its own, this run."""
+    note(how)
+    if how == "segfault":
+        ctypes.string_at(0)
+    elif how == "exit":
+        os._exit(3)
+    elif how == "killed":  # as the kernel does when there is no memory left
+        os.kill(os.getpid(), signal.SIGKILL)
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (1 << 20, limits[1]))
+    try:
+        bytearray(1 << 30)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
 
 
 LEAKED: list[bytearray] = []

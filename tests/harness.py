@@ -77,6 +77,27 @@ def effects(engine: Engine, key: str) -> list[int]:
     return [row[0] for row in rows(engine, "select run from effect where key = :key", key=key)]
 
 
+def mark(engine: Engine, key: str) -> None:
+    """Write down that it is now, by the database's clock."""
+    rows(engine, "insert into effect (key) values (:key)", key=key)
+
+
+def written_by(engine: Engine, key: str) -> int:
+    """Wait until a task has written the key; return its process id."""
+    sql = "select pid from effect where key = :key"
+    pid: int = wait_until(lambda: value(engine, sql, key=key), within=20, what=f"key {key}")
+    return pid
+
+
+def seconds_from(engine: Engine, key: str, job_id: object) -> float:
+    """Return the seconds from the first writing of a key to the end of a job's first run."""
+    sql = (
+        "select extract(epoch from ended_at - (select min(at) from effect where key = :key))"
+        " from sqlqueue.run where job_id = cast(:id as uuid) and run = 1"
+    )
+    return float(value(engine, sql, id=str(job_id), key=key))
+
+
 def load_app(url: str) -> ModuleType:
     """Import tests.app, whose queue is in this database; child processes do the same."""
     os.environ["SQLQUEUE_TEST_APP"] = url
@@ -84,13 +105,14 @@ def load_app(url: str) -> ModuleType:
 
 
 @contextmanager
-def program(url: str, code: str) -> Iterator[subprocess.Popen[bytes]]:
+def program(url: str, code: str, **options: Any) -> Iterator[subprocess.Popen[bytes]]:
     """Run a Python program in a session of its own; it is killed at the end, with its children."""
     process = subprocess.Popen(
         [sys.executable, "-c", f"import datetime; from tests import app; {code}"],
         cwd=ROOT,
         env=os.environ | {"SQLQUEUE_TEST_APP": url},
         start_new_session=True,
+        **options,
     )
     try:
         yield process
@@ -118,13 +140,18 @@ def workers(engine: Engine) -> dict[int, int]:
     return {row[0]: row[1] for row in found}
 
 
+def members(session: int) -> list[int]:
+    """Return the processes of a session, such as a tree's, whatever their group."""
+    return [pid for pid, state, number in _processes() if number == session and state != "Z"]
+
+
 def _killed(session: int) -> list[int]:
-    """Kill the processes of a session, whatever their group; return which there were."""
-    members = [pid for pid, state, number in _processes() if number == session and state != "Z"]
-    for pid in members:
+    """Kill the processes of a session; return which there were."""
+    killed = members(session)
+    for pid in killed:
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-    return members
+    return killed
 
 
 def is_alive(pid: int) -> bool:

@@ -2,7 +2,6 @@
 
 import asyncio
 import os
-import signal
 import threading
 from collections.abc import Iterator
 from contextvars import ContextVar
@@ -13,9 +12,8 @@ from typing import Any
 
 import pytest
 from sqlalchemy import Engine
-from sqlalchemy.orm import Session
 
-from sqlqueue import Ended, Job, LeaseLost, Queue, Retry, Run, current_run
+from sqlqueue import Ended, Job, Retry, Run, current_run
 from sqlqueue.runs import Runs
 from tests.harness import (
     CLOCKS,
@@ -26,7 +24,6 @@ from tests.harness import (
     is_alive,
     load_app,
     outcomes,
-    rows,
     tree,
     value,
     wait_until,
@@ -166,34 +163,6 @@ def test_a_coroutine_is_told_once_to_stop(queue, store):
     assert told == ["done"]
 
 
-def test_a_thread_that_ignores_its_time_loses_its_lease(queue, engine):
-    """It is reported, and what it does afterwards is refused."""
-    errors: list[LeaseLost] = []
-    may_end, has_ended = threading.Event(), threading.Event()
-
-    @queue.task(name="deaf", timeout=LIMIT, retry=ONCE)
-    def deaf() -> None:
-        assert may_end.wait(10)
-        with Session(engine) as session:
-            try:
-                current_run().finish(session)
-            except LeaseLost as error:
-                errors.append(error)
-        has_ended.set()
-
-    with queue.worker("default", **POLLING):
-        job = ended(deaf.enqueue())
-        may_end.set()
-        assert has_ended.wait(10)
-
-    assert outcomes(engine, job.id) == ["timed_out"]
-    assert [error.job_id for error in errors] == [job.id]
-    took = float(
-        value(engine, "select extract(epoch from ended_at - started_at) from sqlqueue.run")
-    )
-    assert LIMIT.total_seconds() + PATIENCE <= took < LIMIT.total_seconds() + PATIENCE + 1
-
-
 def test_a_thread_that_hears_of_its_time_ends_as_timed_out(queue, engine):
     @queue.task(name="polite", timeout=LIMIT, retry=ONCE)
     def polite() -> None:
@@ -206,37 +175,6 @@ def test_a_thread_that_hears_of_its_time_ends_as_timed_out(queue, engine):
 
     assert outcomes(engine, job.id) == ["timed_out"]
     assert "InterruptedError" not in job.error
-
-
-@pytest.mark.parametrize("why", ["timeout", "cancel"])
-def test_a_stubborn_process_is_killed_with_all_it_started(app, engine, why):
-    """It ignores SIGTERM and has a child of its own; the next job has a fresh process."""
-    started = "select pid from effect where key = 'stubborn'"
-    with app.queue.worker("default", **CLOCKS, slots=1):
-        app.process_id.enqueue().wait(SOON)  # the process has started
-        limit = timedelta(seconds=2) if why == "timeout" else None
-        job = app.stubborn.using(timeout=limit).enqueue("stubborn")
-        wait_until(lambda: len(rows(engine, started)) == 2, what="the process and its child")
-        pids = [row[0] for row in rows(engine, started)]
-        assert all(is_alive(pid) for pid in pids)
-        if why == "cancel":
-            assert job.cancel()
-        began = monotonic()
-        wait_until(lambda: not any(is_alive(pid) for pid in pids), within=5)
-        gone = monotonic()
-        ended(job)
-        next_one = app.process_id.enqueue()
-        assert next_one.wait(SOON) not in pids
-
-    expected = {"timeout": ("failed", ["timed_out"]), "cancel": ("cancelled", ["cancelled"])}
-    assert (job.state, outcomes(engine, job.id)) == expected[why]
-    if why == "cancel":
-        print(f"gone {gone - began:.2f} s after the cancel")
-        assert gone - began < 1
-    else:
-        took = value(engine, "select ran from sqlqueue.run where outcome = 'timed_out'")
-        print(f"ended after {took:.2f} s, with a limit of 2 s")
-        assert 2 <= took < 3
 
 
 def test_a_process_job_that_waits_for_a_slot_is_cancelled_without_a_start(app, engine):
@@ -317,23 +255,6 @@ def test_a_process_that_does_not_find_the_task_fails_the_job_and_says_why(app, e
     assert (job.state, job.error_type) == ("failed", "TypeError")
     assert "app:hidden is no task" in job.error
     assert outcomes(engine, job.id) == ["failed"]
-
-
-def test_a_segfault_ends_its_job_and_leaves_its_neighbours_alone(app, engine):
-    """It crashes max_crashes times; threads and other children of the worker go on."""
-    with app.queue.worker("default", **POLLING, slots=4):
-        neighbours = [app.linger.enqueue(f"thread {n}", 1.5) for n in range(2)]
-        job = app.segfault.enqueue()
-        fine = app.process_id.enqueue()
-        ended(job)
-        for one in (*neighbours, fine):
-            one.wait(SOON)
-
-    assert outcomes(engine, job.id) == ["crashed", "crashed"]
-    assert (job.state, job.error_type) == ("failed", "crashed")
-    assert job.error == f"its process ended with exit code {-signal.SIGSEGV}"
-    for one in (*neighbours, fine):
-        assert outcomes(engine, one.id) == ["succeeded"]
 
 
 def test_a_process_is_refused_for_a_function_that_it_cannot_import(queue):
@@ -434,20 +355,3 @@ def test_a_thread_that_never_ends_takes_its_slot_and_no_job(queue, engine):
             assert job.wait(timedelta(seconds=5)) == "fine"
         may_end.set()
         assert fine.enqueue().wait(SOON) == "fine"  # the slot is free again
-
-
-def test_a_worker_process_with_a_thread_that_never_ends_is_replaced(engine, migrated_url):
-    application_table(engine)
-    queue = Queue(migrated_url)
-    pids = "select pid from sqlqueue.worker where died_at is null"
-    options: dict[str, Any] = CLOCKS | {"grace": timedelta(seconds=0.5), "slots": 2}
-    with tree(migrated_url, **options):
-        stuck = queue.using(timeout=LIMIT, retry=ONCE).send("wedge", "stuck")
-        ended(stuck)
-        wedged = value(engine, "select pid from effect where key = 'stuck'")
-        wait_until(lambda: not is_alive(wedged), what="the end of the stuck process")
-        assert queue.send("linger", "fine", 0).wait(timedelta(seconds=15)) != wedged
-        assert value(engine, pids) != wedged
-
-    assert outcomes(engine, stuck.id) == ["timed_out"]
-    queue.engine.dispose()

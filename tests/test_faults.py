@@ -13,14 +13,13 @@ from time import monotonic
 import pytest
 from sqlalchemy import Engine
 
-from sqlqueue import Job, Retry, current_run
+from sqlqueue import Retry, current_run
 from tests.harness import (
     CLOCKS,
     SOON,
     TTL,
     application_table,
     effects,
-    is_alive,
     is_stopped,
     outcomes,
     program,
@@ -49,99 +48,7 @@ def the_worker(engine: Engine, other_than: int = 0) -> int:
     return wait_until(registered, within=20, what="a worker")[0]
 
 
-def written_by(engine: Engine, key: str) -> int:
-    """Wait until a task has written the key; return the process id of its worker."""
-    sql = "select pid from effect where key = :key"
-    pid: int = wait_until(lambda: value(engine, sql, key=key), within=20, what=f"key {key}")
-    return pid
-
-
-def seconds_between(engine: Engine, job: Job[object], key: str) -> float:
-    """Return the seconds from the moment marked by `key` to the end of the job's first run."""
-    sql = (
-        "select extract(epoch from ended_at - at) from sqlqueue.run, effect"
-        " where job_id = :id and run.run = 1 and key = :key"
-    )
-    return float(value(engine, sql, id=job.id, key=key))
-
-
-def mark(engine: Engine, key: str) -> None:
-    """Write down that it is now, by the database's clock."""
-    rows(engine, "insert into effect (key) values (:key)", key=key)
-
-
 # Death
-
-
-def test_jobs_of_a_killed_worker_process_are_ready_again_at_once(queue, engine, migrated_url):
-    jobs = [queue.send("linger", f"job {number}", 60) for number in range(3)]
-    with tree(migrated_url, slots=3):
-        victim = written_by(engine, "job 2")
-        wait_until(lambda: effects(engine, "job 0") and effects(engine, "job 1"))
-        mark(engine, "killed")
-        os.kill(victim, signal.SIGKILL)
-        for job in jobs:
-            wait_until(lambda job=job: outcomes(engine, job.id), what="the hand-back")
-        replacement = the_worker(engine)
-        assert workers(engine)[replacement] != victim
-
-    took = [seconds_between(engine, job, "killed") for job in jobs]
-    print(f"handed back after {max(took):.2f} s")
-    assert max(took) < 2
-    assert all(outcomes(engine, job.id)[0] == "crashed" for job in jobs)
-    assert all(job.refresh().attempt == 1 for job in jobs)
-
-
-def test_jobs_of_a_dead_worker_are_ready_in_time(queue, engine, migrated_url):
-    """Within ttl + 5 s if its whole tree is gone."""
-    job = queue.send("linger", "orphan", 60)
-    with tree(migrated_url) as parent:
-        victim = written_by(engine, "orphan")
-        mark(engine, "killed")
-        os.killpg(parent, signal.SIGKILL)
-        wait_until(lambda: not is_alive(victim))
-
-    with queue.worker("other", **CLOCKS):  # of another queue: any worker rescues
-        wait_until(lambda: outcomes(engine, job.id), within=15, what="the rescue")
-
-    took = seconds_between(engine, job, "killed")
-    print(f"rescued after {took:.2f} s")
-    assert took < TTL.total_seconds() + 5
-    assert outcomes(engine, job.id) == ["crashed"]
-    assert job.refresh().state == "ready"
-
-
-def test_the_children_of_a_killed_supervisor_are_gone_at_once(queue, engine, migrated_url):
-    queue.send("linger", "thread", 60)
-    queue.using(executor="process").send("stubborn", "process")
-    with tree(migrated_url, 2) as parent:
-        written_by(engine, "thread")
-        written_by(engine, "process")
-        pids = [row[0] for row in rows(engine, "select pid from effect")]
-        pids += workers(engine).values()
-        assert all(is_alive(pid) for pid in pids)
-        os.kill(parent, signal.SIGKILL)
-        began = monotonic()
-        wait_until(lambda: not any(is_alive(pid) for pid in pids), within=5)
-
-    print(f"the tree was gone after {monotonic() - began:.2f} s")
-    assert monotonic() - began < 1.5
-
-
-def test_a_poison_job_fails_alone(queue, engine, migrated_url):
-    """Its neighbours lose no attempt; it ends after max_crashes."""
-    neighbours = [queue.send("linger", f"neighbour {n}", 1.0) for n in range(4)]
-    poison = queue.send("poison")
-    later = [queue.send("linger", f"later {n}", 0) for n in range(20)]
-    with tree(migrated_url, slots=5):
-        wait_until(lambda: poison.refresh().has_ended, within=30, what="the end of the poison")
-        for job in (*neighbours, *later):
-            wait_until(lambda job=job: job.refresh().has_ended, within=20)
-
-    assert (poison.state, poison.error_type) == ("failed", "crashed")
-    assert outcomes(engine, poison.id) == ["crashed"] * 3
-    for job in (*neighbours, *later):
-        assert (job.state, job.attempt) == ("succeeded", 1)
 
 
 def test_a_suspect_runs_alone(queue, engine, migrated_url):
@@ -175,29 +82,6 @@ def test_an_embedded_worker_runs_a_suspect_when_all_else_has_ended(queue, engine
             job.wait(SOON)
 
     assert neighbours == [set()] * 5
-
-
-def test_a_tree_lets_jobs_end_when_it_is_told_to_stop(queue, engine, migrated_url):
-    """After a second signal it hands back what still runs."""
-    options = CLOCKS | {"grace": timedelta(minutes=1)}
-    with program(migrated_url, f"app.supervise(2, ('default',), {options!r})") as parent:
-        short, long = queue.send("linger", "short", 1), queue.send("linger", "long", 60)
-        written_by(engine, "short")
-        written_by(engine, "long")
-        parent.send_signal(signal.SIGTERM)
-        short.wait(SOON)
-        assert parent.poll() is None
-        mark(engine, "told again")
-        parent.send_signal(signal.SIGTERM)
-        assert parent.wait(10) == 0
-
-    assert outcomes(engine, short.id) == ["succeeded"]
-    assert outcomes(engine, long.id) == ["returned"]
-    assert (long.refresh().state, long.attempt) == ("ready", 1)
-    took = seconds_between(engine, long, "told again")
-    print(f"handed back {took:.2f} s after the second signal")
-    assert 0 <= took < 1
-    assert workers(engine) == {}
 
 
 # Stalls

@@ -1,6 +1,7 @@
 """Private clusters and tables of the fault tests."""
 
 from collections.abc import Iterator
+from types import ModuleType
 
 import pytest
 from sqlalchemy import Engine, create_engine
@@ -8,7 +9,7 @@ from sqlalchemy import Engine, create_engine
 from sqlqueue.integrations.alembic import migrate
 from tests.faults.cluster import Cluster
 from tests.faults.history import request_table
-from tests.harness import application_table
+from tests.harness import application_table, load_app
 
 
 @pytest.fixture
@@ -28,3 +29,11 @@ def tables(engine: Engine) -> None:
     """The application's tables in the shared database, empty."""
     application_table(engine)
     request_table(engine)
+
+
+@pytest.fixture
+def app(tables: None, migrated_url: str) -> Iterator[ModuleType]:
+    """The application of the tests, whose tasks child processes can import; its tables empty."""
+    loaded = load_app(migrated_url)
+    yield loaded
+    loaded.queue.engine.dispose()
