@@ -65,7 +65,7 @@ def server_url() -> Iterator[str]:
     if url := os.environ.get("SQLQUEUE_TEST_URL"):
         yield url
     elif container_engine_answers():
-        from testcontainers.postgres import PostgresContainer
+        from testcontainers.community.postgres import PostgresContainer
 
         with PostgresContainer(
             os.environ.get("SQLQUEUE_TEST_IMAGE", "postgres:15"), driver="psycopg"

@@ -493,6 +493,7 @@ def test_an_error_of_the_database_shows_no_argument(open_caller, greet, engine, 
     assert getattr(caught.value, "orig", caught.value).sqlstate == "55P03"
 
 
+@pytest.mark.direct
 def test_an_error_of_the_database_shows_no_argument_whatever_the_engine(
     migrated_url, engine
 ) -> None:
@@ -513,6 +514,7 @@ def test_an_error_of_the_database_shows_no_argument_whatever_the_engine(
     application.dispose()
 
 
+@pytest.mark.direct
 def test_a_connection_that_broke_is_not_used_again(migrated_url, engine) -> None:
     application = create_engine(migrated_url, pool_size=1, max_overflow=0)
     queue = Queue(application)
@@ -760,6 +762,7 @@ def hears(migrated_url: str) -> Iterator[Callable[[], list[str]]]:
         yield heard
 
 
+@pytest.mark.direct
 def test_an_enqueue_rings_only_if_somebody_sleeps(greet, queue, engine, store, hears) -> None:
     greet.enqueue("you")
     assert hears() == []
@@ -806,6 +809,7 @@ def test_an_enqueue_rolled_back_rings_nobody(greet, engine, store, hears) -> Non
     assert hears() == []
 
 
+@pytest.mark.direct
 def test_a_promotion_rings_in_each_lane(greet, engine, store, hears) -> None:
     for priority in (5, 5, 6):
         greet.using(priority=priority, delay=timedelta(minutes=1)).enqueue("you")
@@ -817,6 +821,7 @@ def test_a_promotion_rings_in_each_lane(greet, engine, store, hears) -> None:
     assert sorted(hears()) == ["7 5 default", "7 6 default"]
 
 
+@pytest.mark.direct
 def test_who_has_its_hands_full_passes_the_bell_on_to_everybody(engine, store, hears) -> None:
     with engine.begin() as conn:
         store.pass_on(conn, "default", 5)
@@ -824,6 +829,7 @@ def test_who_has_its_hands_full_passes_the_bell_on_to_everybody(engine, store, h
     assert hears() == ["0 5 default"]
 
 
+@pytest.mark.direct
 def test_the_worker_of_a_running_job_is_told_to_cancel_it(greet, engine, store, hears) -> None:
     job = greet.enqueue("you")
     with engine.begin() as conn:

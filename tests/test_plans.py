@@ -203,6 +203,7 @@ def test_a_plan_uses_the_index_and_nothing_else(stage, store, verb) -> None:
     check_plan(verb, plan)
 
 
+@pytest.mark.direct
 @pytest.mark.parametrize("verb", ASKED)
 def test_a_plan_made_while_all_was_empty_uses_the_index(cached, store, verb) -> None:
     statement, parameters = asked(verb, store, 1)

@@ -665,6 +665,7 @@ def test_a_worker_without_names_serves_the_queues_of_its_tasks(queue):
     assert sorted(seen) == ["posted", "recorded"]
 
 
+@pytest.mark.direct
 @pytest.mark.parametrize("delay", [0.3, 1.4])
 def test_a_delayed_job_starts_on_time_on_an_idle_worker(queue, engine, delay):
     record, _ = recorder(queue)
@@ -792,6 +793,7 @@ def test_a_second_stop_hands_back_at_once(queue, engine):
     assert job.refresh().state == "ready"
 
 
+@pytest.mark.direct
 def test_a_stopped_worker_leaves_no_connection_and_no_bell(migrated_url, engine):
     sql = "select count(*) from pg_stat_activity where datname = current_database()"
     queue = Queue(migrated_url)
