@@ -125,7 +125,7 @@ class Jobs(RuleBasedStateMachine):
         if sys.exception():
             return  # which says more
         self.pause(False)
-        for _ in range(20):
+        for _ in range(len(self.jobs) + 1):
             if not any(job.lives for job in self.jobs.values()):
                 break
             self.hire()
@@ -236,7 +236,7 @@ class Jobs(RuleBasedStateMachine):
     def _worker(self, index: int) -> tuple[int, bool]:
         return list(self.workers.items())[index % len(self.workers)]
 
-    @rule(job_id=ids, is_stale=st.booleans(), end=st.sampled_from(ENDS))
+    @rule(job_id=ids, is_stale=st.sampled_from([False, False, True]), end=st.sampled_from(ENDS))
     def finish(self, job_id: str, is_stale: bool, end: tuple[str, bool]) -> None:
         outcome, goes_on = end
         job = self.jobs[job_id]
@@ -259,10 +259,11 @@ class Jobs(RuleBasedStateMachine):
         number, lives = self._worker(worker)
         assert self.store.beat(self.conn, number) is lives
 
-    @rule(job_id=ids, dies=st.booleans())
-    def rescue(self, job_id: str, dies: bool) -> None:
-        """Rescue, having seen the worker of a job end or not."""
-        number = self.jobs[job_id].worker or self._worker(0)[0]
+    @rule(dies=st.booleans())
+    def rescue(self, dies: bool) -> None:
+        """Rescue, having seen a worker end or not: one with a job, if there is any."""
+        busy = [self.jobs[one].worker for one in self._in("running")]
+        number = busy[0] if busy else self._worker(0)[0]
         if dies:
             self.workers[number] = False
         orphans = [one for one in self._in("running") if not self.workers[self.jobs[one].worker]]

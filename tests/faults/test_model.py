@@ -15,7 +15,7 @@ EFFECTS = {
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(
     "examples",
-    [pytest.param(100, id="short"), pytest.param(1000, id="long", marks=pytest.mark.nightly)],
+    [pytest.param(120, id="short"), pytest.param(1200, id="long", marks=pytest.mark.nightly)],
 )
 def test_every_ended_job_has_one_final_run(engine, examples) -> None:
     Jobs.did.clear()
