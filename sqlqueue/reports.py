@@ -23,7 +23,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from sqlalchemy import URL, Connection, Engine, make_url, text
+from sqlalchemy import URL, Connection, Engine, create_engine, make_url, text
 from sqlalchemy.exc import ArgumentError
 
 from sqlqueue.queue import Queue
@@ -348,7 +348,10 @@ class Control:
         with misuse():
             if self.app.value:
                 return self.loader()
-            return Queue(self.url.value, schema=self.schema.value)
+            # A pooler may know no prepared statements, and a command would gain little by them.
+            how = {"prepare_threshold": None}
+            engine = create_engine(self.url.value, hide_parameters=True, connect_args=how)
+            return Queue(engine, schema=self.schema.value)
 
     @cached_property
     def plain(self) -> Queue:

@@ -1,6 +1,10 @@
 """Bar R25: a pooler in transaction mode, with five connections to the server for fifty clients."""
 
+import subprocess
+import sys
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from typing import Any
 
@@ -13,7 +17,7 @@ from sqlqueue.integrations.alembic import migrate
 from tests.faults.checker import assert_nothing_wrong, drained
 from tests.faults.history import Enqueuers, request_table
 from tests.faults.pooler import SERVER_CONNECTIONS, Pooler
-from tests.harness import CLOCKS, SOON, application_table, tree, wait_until, workers
+from tests.harness import CLOCKS, ROOT, SOON, application_table, tree, wait_until, workers
 from tests.matrix import CORE_TESTS, STORE_TESTS, run_pooled
 
 pytestmark = pytest.mark.alone
@@ -115,6 +119,27 @@ def test_r25_a_worker_behind_a_pooler_says_that_it_polls(pooled, caplog):
         assert [job.wait(SOON) for job in jobs] == [None] * 3
 
     assert sorted(seen) == [0, 1, 2]
+
+
+def test_r25_the_command_line_waits_through_a_pooler_given_only_its_url(pooled):
+    engine, _ = pooled()
+    queue = Queue(engine)
+
+    @queue.task(name="nap")
+    def nap() -> str:
+        threading.Event().wait(2)
+        return "rested"
+
+    url = engine.url.render_as_string(hide_password=False)
+    command = [sys.executable, "-m", "sqlqueue", "--url", url, "enqueue", "nap", "--wait"]
+    with queue.worker(**CLOCKS), ThreadPoolExecutor(4) as pool:
+        asked = [
+            pool.submit(subprocess.run, command, cwd=ROOT, capture_output=True, text=True)
+            for _ in range(4)
+        ]
+        ends = [one.result(60) for one in asked]
+
+    assert [one.stdout for one in ends] == ['"rested"\n'] * 4, [one.stderr for one in ends]
 
 
 def test_r25_who_gets_no_connection_is_told_and_a_worker_goes_on(pooled):
