@@ -2,6 +2,7 @@
 #
 #   PYTHON       the interpreter that makes the virtual environment
 #   VENV         where that is: `make test PYTHON=python3.13 VENV=.venv-3.13` tries another one
+#   SECONDS      how long `make soak` lasts
 #   PYTEST_ARGS  more arguments for pytest, such as `-k retry` or a file
 #   LEGS, ALL    of make matrix: what has to be run, such as "16 15-pooled"; 1 for the whole suite
 
@@ -21,7 +22,7 @@ SERVER := tests/faults/test_server.py tests/faults/test_network.py
 STORAGE := tests/faults/test_storage.py tests/faults/test_waking.py tests/faults/test_retention.py
 MUTANTS := tests/faults/test_mutants.py
 
-.PHONY: demo test lint bench nightly $(NIGHTLY:%=nightly-%) matrix containers wheel
+.PHONY: demo test lint bench nightly $(NIGHTLY:%=nightly-%) matrix containers soak wheel
 
 demo: $(INSTALLED)
 	$(BIN)/sqlqueue demo
@@ -50,7 +51,7 @@ $(NIGHTLY:%=nightly-%): $(INSTALLED)
 	SQLQUEUE_BARS=docs/bars.json $(BIN)/pytest -m nightly $(WHAT) $(PYTEST_ARGS)
 	$(BIN)/python -m tests.faults.results docs/bars.json docs/bars.md
 
-# Every version of Postgres that is found, beside those of the wheels installed here.
+# Every version of Postgres that is found, beside those of the soak wheels installed here.
 matrix: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[matrix]"
 	$(BIN)/python -m tests.matrix $(LEGS) $(if $(ALL),--all)

@@ -9,6 +9,7 @@ import logging
 import os
 import threading
 from datetime import timedelta
+from itertools import cycle
 from time import monotonic
 from typing import TYPE_CHECKING
 
@@ -31,6 +32,8 @@ class Heartbeat:
         self.link = Link(worker.queue.engine, worker.queue.store)
         self._beat_at = self._watched_at = monotonic()
         self._unknown: set[tuple[str, int]] = set()
+        # Dead rows lie further back; a lease whose claim's commit took long is there, too.
+        self._within = cycle([None] + [worker.options.ttl] * 11)
 
     def watch(self) -> float:
         """Fence a worker that cannot beat, end one whose turns are stuck; look again later."""
@@ -63,7 +66,7 @@ class Heartbeat:
             worker.signs.worker_id, worker.signs.beat_at = number, began
         known = set(worker.runs.held.copy())
         with self.link.begin(worker.options.ttl) as conn:
-            leases = store.leases(conn, number)
+            leases = store.leases(conn, number, next(self._within))
             unknown = set(leases) - known - set(worker.runs.held.copy())
             # A claim may just be on its way back; what is unknown twice has lost its reply, or
             # its finish was rolled back.
@@ -71,7 +74,7 @@ class Heartbeat:
             if strays:
                 log.warning("worker %d: hands back %d unknown leases", number, len(strays))
                 store.finish(conn, strays)
-        self._unknown = unknown
+        self._unknown |= unknown
         for key, is_cancelled in leases.items():
             if is_cancelled and (run := worker.runs.held.get(key)):
                 worker.runs.interrupt(run, "cancelled")

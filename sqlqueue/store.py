@@ -111,7 +111,8 @@ class Store:
     register    ttl, pid, slots, host, name, version, queues, tasks -> its id, never used again
     unregister  worker: it has stopped
     beat        worker -> False if it is dead and must register anew
-    leases      worker -> {(job id, run): whether it is to be cancelled}
+    leases      worker, within -> {(job id, run): whether it is to be cancelled}: what it claimed
+                within that time of now (None: ever), and all that is to be cancelled
     lanes       queue, known priorities, is_suspect -> lanes not known, one in each gap
     arm         queues, worker, patience: hangs its bell at those of the queues that have none
     disarm      queues, worker: takes its bells away
@@ -144,7 +145,7 @@ class Store:
     unregister = Statement(list, "worker")
     beat = Statement(bool, "worker")
     leases = Statement(
-        lambda rows: {(row.job_id, row.run): row.is_cancelled for row in rows}, "worker"
+        lambda rows: {(row.job_id, row.run): row.is_cancelled for row in rows}, "worker", "within"
     )
     lanes = Statement(lambda rows: [Lane(*row) for row in rows], "queue", "known", "is_suspect")
     arm = Statement(list, "queues", "worker", "patience")

@@ -145,6 +145,12 @@ def members(session: int) -> list[int]:
     return [pid for pid, state, number in _processes() if number == session and state != "Z"]
 
 
+def sleeps(engine: Engine) -> None:
+    """Wait until a worker has hung its bell, and has had the time to fall asleep."""
+    wait_until(lambda: value(engine, "select count(*) from sqlqueue.doorbell"), what="a bell")
+    threading.Event().wait(0.1)
+
+
 def _killed(session: int) -> list[int]:
     """Kill the processes of a session; return which there were."""
     killed = members(session)

@@ -840,7 +840,7 @@ def test_the_worker_of_a_running_job_is_told_to_cancel_it(greet, engine, store, 
 
     assert hears() == [f"{worker} cancel {job.id}"]
     with engine.connect() as conn:
-        assert store.leases(conn, worker) == {(str(job.id), 1): True}
+        assert store.leases(conn, worker, None) == {(str(job.id), 1): True}
 
 
 def test_the_tables_of_the_fixture_are_all_there_are(engine) -> None:

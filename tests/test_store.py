@@ -1,20 +1,18 @@
 """Each statement of the store, in a transaction that is rolled back; then two sessions at once."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from datetime import timedelta
-from itertools import pairwise
 from typing import Any
 from uuid import uuid4
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from sqlalchemy import Connection, Engine, create_engine, text
+from sqlalchemy import Connection, Engine, text
 
 from sqlqueue import Options
-from sqlqueue.integrations.alembic import migrate
 from sqlqueue.literal import array, new_id
 from sqlqueue.store import Ended, Executes, Lane, Store
 from tests.faults.checks import violations
@@ -321,7 +319,7 @@ def test_a_run_with_an_old_number_ends_nothing(conn, store) -> None:
     before = row(conn, "lease"), rows(conn, "run")
 
     assert store.finish(conn, [Ended(job_id, 1, "succeeded")]) == set()  # while run 2 goes on
-    assert set(store.leases(conn, worker)) == {(job_id, 2)}
+    assert set(store.leases(conn, worker, None)) == {(job_id, 2)}
 
     assert (row(conn, "lease"), rows(conn, "run")) == before
 
@@ -387,11 +385,11 @@ def test_a_job_to_be_cancelled_does_not_run_again(conn, store, outcome) -> None:
     worker = hire(conn, store)
     (job_id,) = add(conn, store)
     claim(conn, store, worker)
-    assert store.leases(conn, worker) == {(job_id, 1): False}
+    assert store.leases(conn, worker, None) == {(job_id, 1): False}
 
     request_cancel(conn, job_id, "no more")
 
-    assert store.leases(conn, worker) == {(job_id, 1): True}
+    assert store.leases(conn, worker, None) == {(job_id, 1): True}
     assert store.finish(conn, [Ended(job_id, 1, outcome, AT_ONCE)]) == {job_id}
     assert job_of(conn, store, job_id).state == "cancelled"
     assert row(conn, "run")["is_final"]
@@ -560,11 +558,14 @@ def test_a_lease_that_a_worker_left_behind_is_rescued_however_long_ago_it_stoppe
     (job_id,) = add(conn, store)
     claim(conn, store, gone)
     store.unregister(conn, gone)
-    conn.execute(text("update sqlqueue.worker set died_at = died_at - interval '2 days'"))
+    two_days_pass = text("update sqlqueue.worker set died_at = died_at - interval '2 days'")
+    conn.execute(two_days_pass)
+    assert store.rescue(conn, 10) == []  # dead rows may lie there
     store.tidy(conn)
 
     assert [one.job_id for one in store.rescue(conn, 10)] == [job_id]
     assert ids_in(conn, "ready") == [job_id]
+    conn.execute(two_days_pass)
     store.tidy(conn)
     assert rows(conn, "worker") == []
 
@@ -623,8 +624,20 @@ def test_a_worker_knows_what_it_holds(conn, store) -> None:
     claim(conn, store, worker, slots=1)
     claim(conn, store, other, slots=1)
 
-    assert store.leases(conn, worker) == {(first, 1): False}
-    assert store.leases(conn, other) == {(second, 1): False}
+    assert store.leases(conn, worker, None) == {(first, 1): False}
+    assert store.leases(conn, other, None) == {(second, 1): False}
+
+
+def test_a_worker_sees_what_it_claimed_lately_and_all_that_is_to_be_cancelled(conn, store) -> None:
+    worker = hire(conn, store)
+    old, cancelled, _ = add(conn, store, 3)
+    claim(conn, store, worker, slots=2)
+    conn.execute(text("update sqlqueue.lease set claimed_at = now() - interval '1 h'"))
+    ((lately, *_),) = claim(conn, store, worker)
+    request_cancel(conn, cancelled, "no more")
+
+    assert store.leases(conn, worker, TTL) == {(lately, 1): False, (cancelled, 1): True}
+    assert store.leases(conn, worker, None).keys() == {(old, 1), (lately, 1), (cancelled, 1)}
 
 
 def test_the_number_of_a_worker_is_never_used_again(conn, store) -> None:
@@ -751,7 +764,7 @@ def test_a_job_cancelled_and_then_retried_is_not_cancelled_again(conn, store) ->
 
     worker = hire(conn, store)
     claim(conn, store, worker)
-    assert store.leases(conn, worker) == {(job_id, 2): False}
+    assert store.leases(conn, worker, None) == {(job_id, 2): False}
 
 
 def test_a_retry_of_a_job_whose_row_was_dropped_changes_nothing(conn, store) -> None:
@@ -860,10 +873,10 @@ def test_a_finish_never_waits_and_says_what_is_held(engine, sessions, store) -> 
 
     batch = [Ended(job_id, 1, "succeeded") for job_id in ids]
     assert store.finish(other, batch) == {ids[1]}
-    assert set(store.leases(other, worker)) == {(ids[0], 1)}
+    assert set(store.leases(other, worker, None)) == {(ids[0], 1)}
     one.rollback()
     assert store.finish(other, batch) == {ids[0]}
-    assert store.leases(other, worker) == {}
+    assert store.leases(other, worker, None) == {}
 
 
 def test_a_promotion_steps_over_jobs_that_another_is_promoting(engine, sessions, store) -> None:
@@ -909,163 +922,19 @@ def test_workers_that_arm_at_once_hang_a_bell(engine, sessions, store) -> None:
     assert bells(other) == {"default": 2}
 
 
-# Retention, in a database of its own
-
-
-@pytest.fixture
-def old(create_database: Callable[[], str]) -> Iterator[Engine]:
-    """A database that keeps history for a year, with partitions for it."""
-    engine = create_engine(create_database())
-    migrate(engine)
+def test_of_two_that_tidy_at_once_one_does(engine, sessions, store) -> None:
+    one, other = sessions
     with engine.begin() as conn:
-        conn.execute(text("update sqlqueue.setting set retention = interval '1 year'"))
-        Store().tidy(conn)
-    yield engine
-    engine.dispose()
+        store.unregister(conn, hire(conn, store))
+        conn.execute(text("update sqlqueue.worker set died_at = died_at - interval '2 days'"))
+
+    store.tidy(one)
+    assert rows(one, "worker") == []
+    assert store.tidy(other) == []
+    assert len(rows(other, "worker")) == 1
 
 
-def id_at(conn: Connection, ago: timedelta) -> str:
-    """A new id as it would have been made some time ago."""
-    low = conn.scalar(text("select sqlqueue.uuid_at(now() - :ago)"), {"ago": ago})
-    return str(low)[:-12] + uuid4().hex[-12:]
-
-
-def add_at(conn: Connection, store: Store, ago: timedelta, **options: Any) -> str:
-    """Enqueue a job with an id of some time ago."""
-    job_id = id_at(conn, ago)
-    store.enqueue(conn, [job_id], ["{}"], "greet", Options(**options).params)
-    return job_id
-
-
-def forget(conn: Connection, store: Store, days: int) -> list[str]:
-    """Shorten the retention and tidy; return what tidy said."""
-    statement = "update sqlqueue.setting set retention = make_interval(days => :days)"
-    conn.execute(text(statement), {"days": days})
-    return store.tidy(conn)
-
-
-def days_of(conn: Connection, parent: str) -> list[Any]:
-    """The Mondays that the partitions begin at."""
-    statement = (
-        "select to_date(right(relname, 8), 'YYYYMMDD') from pg_inherits join pg_class"
-        " on oid = inhrelid where inhparent = cast(:parent as regclass) and relname ~ '[0-9]{8}$'"
-        " order by 1"
-    )
-    return list(conn.scalars(text(statement), {"parent": f"sqlqueue.{parent}"}))
-
-
-WEEK = timedelta(weeks=1)
-
-
-@pytest.mark.parametrize("parent", ["job", "run"])
-def test_partitions_are_there_eight_weeks_ahead(old, store, parent) -> None:
-    with old.connect() as conn:
-        days = days_of(conn, parent)
-        today = conn.scalar(text("select cast(now() at time zone 'UTC' as date)"))
-
-    assert all(day.weekday() == 0 for day in days)
-    assert [b - a for a, b in pairwise(days)] == [WEEK] * (len(days) - 1)
-    assert days[-1] >= today + 7 * WEEK
-    assert days[0] <= today - (timedelta(days=365) if parent == "job" else WEEK)
-
-
-def test_history_older_than_the_retention_is_dropped(old, store) -> None:
-    with old.begin() as conn:
-        kept, dropped = (add_at(conn, store, timedelta(days=days)) for days in (20, 60))
-        claim(conn, store, hire(conn, store))
-        store.finish(conn, [Ended(job_id, 1, "succeeded") for job_id in (kept, dropped)])
-        conn.execute(
-            text(
-                "select sqlqueue.keep_partition('run', 'run_20200106', '2020-01-06', '2020-01-13')"
-            )
-        )
-        conn.execute(
-            text("update sqlqueue.run set ended_at = '2020-01-07' where job_id = :id"),
-            {"id": dropped},
-        )
-
-    with old.begin() as conn:
-        said = forget(conn, store, days=30)
-        assert "dropped run_20200106" in said
-        assert len(said) > 40
-        assert all(line.startswith("dropped ") for line in said)
-        assert [str(job["id"]) for job in rows(conn, "job")] == [kept]
-        assert ids_in(conn, "run") == [kept]
-        assert store.jobs(conn, [dropped], [True]) == {dropped: None}
-        assert store.tidy(conn) == []
-
-
-def test_retention_never_drops_a_live_job(old, store) -> None:
-    long_ago = timedelta(days=60)
-    with old.begin() as conn:
-        worker = hire(conn, store)
-        leased = add_at(conn, store, long_ago, queue="leased")
-        ended = add_at(conn, store, long_ago, queue="leased")
-        claim(conn, store, worker, lane=Lane("leased", 0))
-        store.finish(conn, [Ended(ended, 1, "succeeded")])
-        ready = add_at(conn, store, long_ago)
-        scheduled = add_at(conn, store, long_ago, delay=SECOND)
-        live = {leased, ready, scheduled}
-
-    with old.begin() as conn:
-        assert forget(conn, store, days=30)
-        assert {str(job["id"]) for job in rows(conn, "job")} == live
-        assert store.tidy(conn) == []
-        assert {str(job["id"]) for job in rows(conn, "job")} == live
-
-    with old.begin() as conn:
-        let_pass(conn, SECOND)
-        store.promote(conn, None, 10)
-        claimed = claim(conn, store, worker)
-        assert {(one.job_id, one.task) for one in claimed} == {
-            (ready, "greet"), (scheduled, "greet")
-        }  # fmt: skip
-        assert store.finish(conn, [Ended(one, 1, "succeeded") for one in live]) == live
-        assert all(job_of(conn, store, one).state == "succeeded" for one in live)
-        store.tidy(conn)
-        assert rows(conn, "job") == []
-
-
-def test_a_partition_in_use_is_dropped_another_time(old, store) -> None:
-    with old.begin() as conn:
-        live = add_at(conn, store, timedelta(days=60))
-
-    with old.connect() as reader, old.begin() as conn:
-        reader.execute(text("select count(*) from sqlqueue.job"))
-        said = forget(conn, store, days=30)
-        assert said
-        assert all(line.startswith("postponed job_") for line in said if "job_" in line)
-        reader.rollback()
-        assert any(line.startswith("dropped job_") for line in store.tidy(conn))
-        assert job_of(conn, store, live).state == "ready"
-
-
-def test_a_partition_with_many_live_jobs_is_kept(old, store) -> None:
-    with old.begin() as conn:
-        ids = [id_at(conn, timedelta(days=60)) for _ in range(2)]
-        ids = [f"{ids[0][:24]}{n:012x}" for n in range(10_001)]
-        store.enqueue(conn, ids, ["{}"] * len(ids), "greet", Options().params)
-
-    with old.begin() as conn:
-        postponed = [line for line in forget(conn, store, days=30) if "postponed" in line]
-        assert len(postponed) == 1
-        assert "10001 live jobs" in postponed[0]
-        assert conn.scalar(text("select count(*) from sqlqueue.job")) == 10_001
-        assert conn.scalar(text("select count(*) from sqlqueue.job_default")) == 0
-
-
-def test_a_job_that_strayed_is_moved_when_its_partition_is_made(old, store) -> None:
-    with old.begin() as conn:
-        monday = days_of(conn, "job")[-9]  # this week
-        conn.execute(text(f"drop table sqlqueue.job_{monday:%Y%m%d}"))
-        (job_id,) = add(conn, store)
-        assert [str(job["id"]) for job in rows(conn, "job_default")] == [job_id]
-
-    with old.begin() as conn:
-        assert store.tidy(conn) == []
-        assert rows(conn, "job_default") == []
-        assert [str(job["id"]) for job in rows(conn, f"job_{monday:%Y%m%d}")] == [job_id]
-        assert claimed_ids(conn, store, hire(conn, store)) == [job_id]
+# What is left over
 
 
 def test_what_is_left_over_is_removed(conn, store) -> None:

@@ -216,7 +216,7 @@ create table sqlqueue.lease (
     autovacuum_vacuum_cost_delay=0,
     vacuum_truncate=off
 );
-create index lease_worker on sqlqueue.lease (worker_id);
+create index lease_worker on sqlqueue.lease (worker_id, claimed_at);
 comment on table sqlqueue.lease
     is 'Jobs that are running: a row is the right to finish this run';
 comment on column sqlqueue.lease.job_id

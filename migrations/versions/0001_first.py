@@ -223,7 +223,7 @@ create table sqlqueue.lease (
     autovacuum_vacuum_cost_delay=0,
     vacuum_truncate=off
 );
-create index lease_worker on sqlqueue.lease (worker_id);
+create index lease_worker on sqlqueue.lease (worker_id, claimed_at);
 comment on table sqlqueue.lease
     is 'Jobs that are running: a row is the right to finish this run';
 comment on column sqlqueue.lease.job_id
@@ -509,6 +509,16 @@ as $$
 $$;
 comment on function sqlqueue.new_id is 'A new uuid v7, by the clock of the database';
 
+create function sqlqueue.notify(payload text) returns void
+language sql volatile
+as $$
+    select pg_notify('sqlqueue', payload)
+    where current_setting('sqlqueue.ring', true) is distinct from 'off'
+      and pg_notification_queue_usage() < 0.5  -- a full one would fail the caller's commit
+$$;
+comment on function sqlqueue.notify is
+    'Tells workers something when this commits, unless told not to or the queue is half full';
+
 create function sqlqueue.ring(queue text, hint text) returns void
 language plpgsql volatile
 set enable_seqscan = off
@@ -524,11 +534,8 @@ begin
       and rings_until > statement_timestamp()  -- steps over rows that are dead but not vacuumed
     order by rings_until
     limit 1;
-    if found
-        and current_setting('sqlqueue.ring', true) is distinct from 'off'
-        and pg_notification_queue_usage() < 0.5  -- a full one would fail the caller's commit
-    then
-        perform pg_notify('sqlqueue', concat_ws(' ', sleeper, hint, queue));
+    if found then
+        perform sqlqueue.notify(concat_ws(' ', sleeper, hint, queue));
     end if;
 end
 $$;
@@ -723,7 +730,7 @@ comment on function sqlqueue.enqueue is
     'Adds a job in this transaction and returns its id; the same id again adds nothing';
 
 create function sqlqueue.keep_partition(parent text, name text, low text, high text)
-returns void
+returns text
 language plpgsql volatile
 as $$
 declare
@@ -731,7 +738,7 @@ declare
         case parent when 'job' then 'id' when 'log' then 'job_id' else 'ended_at' end;
 begin
     if to_regclass(format('sqlqueue.%I', name)) is not null then
-        return;
+        return null;
     end if;
     -- Made apart and attached, because attaching does not lock out readers and writers; what
     -- strayed into the default partition meanwhile is moved, or it would block the attaching.
@@ -747,10 +754,14 @@ begin
         'alter table sqlqueue.%I attach partition sqlqueue.%I for values from (%L) to (%L)',
         parent, name, low, high
     );
+    return null;
+exception
+    when lock_not_available then
+        return format('postponed %s: %s', name, sqlerrm);
 end
 $$;
 comment on function sqlqueue.keep_partition is
-    'Makes a partition of job, log or run unless it exists';
+    'Makes a partition of job, log or run unless it exists; says why if it could not';
 
 create function sqlqueue.drop_partition(parent text, name text) returns text
 language plpgsql volatile
@@ -778,7 +789,7 @@ begin
         );
         get diagnostics live = row_count;
         if live > 10000 then
-            raise exception using errcode = 'lock_not_available',
+            raise exception using errcode = 'program_limit_exceeded',
                 message = format('%s live jobs are too many to move', live);
         end if;
     end if;
@@ -787,6 +798,8 @@ begin
 exception
     when lock_not_available then
         return format('postponed %s: %s', name, sqlerrm);
+    when program_limit_exceeded then
+        return format('kept %s: %s', name, sqlerrm);
 end
 $$;
 comment on function sqlqueue.drop_partition is
@@ -797,35 +810,84 @@ language plpgsql volatile security definer
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-    oldest constant timestamptz := (select now() - retention from sqlqueue.setting);
+    oldest timestamptz;
+    first_id uuid;
     this_week constant timestamptz := date_trunc('week', now(), 'UTC');
-    week timestamptz;
-    old record;
+    said text;
+    step record;
 begin
+    select now() - retention, sqlqueue.uuid_at(date_trunc('week', now() - retention, 'UTC'))
+    into oldest, first_id
+    from sqlqueue.setting
+    for update skip locked;
+    if not found then  -- another worker tidies
+        return;
+    end if;
     perform set_config('lock_timeout', '50ms', true);
     perform set_config('jit', 'off', true);
     perform set_config('enable_seqscan', 'off', true);
     perform set_config('enable_hashjoin', 'off', true);
     perform set_config('enable_mergejoin', 'off', true);
-    for week in
-        select weeks
+    delete from sqlqueue.cancel_request
+    where requested_at < now() - interval '1 minute'
+      and not exists (select from sqlqueue.ready where ready.job_id = cancel_request.job_id)
+      and not exists (select from sqlqueue.scheduled where scheduled.job_id = cancel_request.job_id)
+      and not exists (select from sqlqueue.waiting where waiting.job_id = cancel_request.job_id)
+      and not exists (select from sqlqueue.lease where lease.job_id = cancel_request.job_id);
+    delete from sqlqueue.doorbell where rings_until < now() - interval '1 minute';
+    delete from sqlqueue.action where at < oldest;
+    -- A lease whose worker has no row, since somebody removed it, is that of a dead one; and of
+    -- the dead, rescue looks only at those that died lately.
+    insert into sqlqueue.worker (
+        id, died_at, ttl, pid, slots, host, name, version, queues, tasks
+    )
+    select distinct worker_id, now(), interval '0', 0, 0, '', 'removed', '', array[]::text[],
+        array[]::text[]
+    from sqlqueue.lease
+    where not exists (
+        select
+        from sqlqueue.worker
+        where worker.id = lease.worker_id
+          and coalesce(died_at > now() - interval '10 minutes', true)
+    )
+    on conflict (id) do update set died_at = excluded.died_at;
+    delete from sqlqueue.worker
+    where died_at < now() - interval '1 day'
+      and not exists (select from sqlqueue.lease where worker_id = worker.id);
+    for step in
+        select
+            parent,
+            parent || to_char(week at time zone 'UTC', '_YYYYMMDD') as name,
+            case parent when 'run' then week::text else sqlqueue.uuid_at(week)::text end as low,
+            case parent
+                when 'run' then (week + interval '1 week')::text
+                else sqlqueue.uuid_at(week + interval '1 week')::text
+            end as high
         from generate_series(
             date_trunc('week', oldest, 'UTC'), this_week + interval '8 weeks', interval '1 week'
-        ) as weeks
+        ) as week
+        cross join unnest(array['job', 'log', 'run']) as parent
+        where parent <> 'run' or week >= this_week - interval '1 week'
     loop
-        perform sqlqueue.keep_partition(
-            parent, parent || to_char(week at time zone 'UTC', '_YYYYMMDD'),
-            sqlqueue.uuid_at(week)::text, sqlqueue.uuid_at(week + interval '1 week')::text
-        )
-        from unnest(array['job', 'log']) as parent;
-        if week >= this_week - interval '1 week' then
-            perform sqlqueue.keep_partition(
-                'run', 'run_' || to_char(week at time zone 'UTC', 'YYYYMMDD'),
-                week::text, (week + interval '1 week')::text
-            );
+        said := sqlqueue.keep_partition(step.parent, step.name, step.low, step.high);
+        if said is not null then
+            return next said;
+            exit;
         end if;
     end loop;
-    for old in
+    -- The default partition holds unended jobs of dropped weeks, until they end.
+    delete from sqlqueue.job_default
+    where id < first_id
+      and not exists (select from sqlqueue.ready where job_id = id)
+      and not exists (select from sqlqueue.scheduled where job_id = id)
+      and not exists (select from sqlqueue.waiting where job_id = id)
+      and not exists (select from sqlqueue.lease where job_id = id);
+    delete from sqlqueue.log_default
+    where job_id < first_id
+      and not exists (select from sqlqueue.job_default where id = job_id);
+    -- Last, because it locks everybody out until this commits; and no further, once somebody who
+    -- reads was in the way: those who come wait behind each attempt.
+    for step in
         select parent.relname as parent, child.relname as name
         from pg_inherits
         join pg_class as parent on parent.oid = inhparent
@@ -838,44 +900,18 @@ begin
               <= (oldest at time zone 'UTC')::date
         order by child.relname
     loop
-        return next sqlqueue.drop_partition(old.parent, old.name);
+        exit when said like 'postponed%';
+        said := sqlqueue.drop_partition(step.parent, step.name);
+        return next said;
     end loop;
-    -- The default partition holds unended jobs of dropped weeks, until they end.
-    delete from sqlqueue.job_default
-    where not exists (select from sqlqueue.ready where job_id = id)
-      and not exists (select from sqlqueue.scheduled where job_id = id)
-      and not exists (select from sqlqueue.waiting where job_id = id)
-      and not exists (select from sqlqueue.lease where job_id = id);
-    delete from sqlqueue.log_default
-    where not exists (select from sqlqueue.job_default where id = job_id);
-    delete from sqlqueue.cancel_request
-    where requested_at < now() - interval '1 minute'
-      and not exists (select from sqlqueue.ready where ready.job_id = cancel_request.job_id)
-      and not exists (select from sqlqueue.scheduled where scheduled.job_id = cancel_request.job_id)
-      and not exists (select from sqlqueue.waiting where waiting.job_id = cancel_request.job_id)
-      and not exists (select from sqlqueue.lease where lease.job_id = cancel_request.job_id);
-    delete from sqlqueue.doorbell where rings_until < now() - interval '1 minute';
-    delete from sqlqueue.action where at < oldest;
-    -- A lease whose worker has no row, since somebody removed it, is that of a dead one.
-    insert into sqlqueue.worker (
-        id, died_at, ttl, pid, slots, host, name, version, queues, tasks
-    )
-    select distinct worker_id, now(), interval '0', 0, 0, '', 'removed', '', array[]::text[],
-        array[]::text[]
-    from sqlqueue.lease
-    where not exists (select from sqlqueue.worker where worker.id = lease.worker_id)
-    on conflict do nothing;
-    delete from sqlqueue.worker
-    where died_at < now() - interval '1 day'
-      and not exists (select from sqlqueue.lease where worker_id = worker.id);
 end
 $$;
 comment on function sqlqueue.tidy is
     'Partitions eight weeks ahead, old ones dropped, leftovers removed; says what it dropped';
 
 revoke all on function
-    sqlqueue.uuid_at, sqlqueue.new_id, sqlqueue.ring, sqlqueue.note_action, sqlqueue.enqueue,
-    sqlqueue.keep_partition, sqlqueue.drop_partition, sqlqueue.tidy
+    sqlqueue.uuid_at, sqlqueue.new_id, sqlqueue.notify, sqlqueue.ring, sqlqueue.note_action,
+    sqlqueue.enqueue, sqlqueue.keep_partition, sqlqueue.drop_partition, sqlqueue.tidy
 from public;
 
 create table sqlqueue.job_default partition of sqlqueue.job default;
@@ -1231,7 +1267,8 @@ def downgrade() -> None:
             " sqlqueue.run, sqlqueue.log, sqlqueue.worker, sqlqueue.queue, sqlqueue.doorbell,"
             " sqlqueue.cancel_request, sqlqueue.setting, sqlqueue.action;"
             "drop function sqlqueue.enqueue, sqlqueue.tidy, sqlqueue.note_action,"
-            " sqlqueue.drop_partition, sqlqueue.keep_partition, sqlqueue.ring, sqlqueue.new_id,"
+            " sqlqueue.drop_partition, sqlqueue.keep_partition, sqlqueue.ring, sqlqueue.notify,"
+            " sqlqueue.new_id,"
             " sqlqueue.uuid_at"
         )
     )

@@ -709,7 +709,7 @@ begin
     if sqlqueue.cancel_unstarted(wanted, cancel_job.reason) then
         return true;
     end if;
-    perform pg_notify('sqlqueue', concat_ws(' ', worker_id, 'cancel', job_id))
+    perform sqlqueue.notify(concat_ws(' ', worker_id, 'cancel', job_id))
     from sqlqueue.lease
     where job_id = wanted;
     -- A job that moved while this looked is met the second time, or asked at its next move.

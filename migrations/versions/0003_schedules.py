@@ -308,7 +308,7 @@ as $$
         cast(orphan.job_id as text) as job_id,
         orphan.run,
         orphan.worker_id,
-        orphan.crashes + 1 >= job.max_crashes as is_last
+        coalesce(orphan.crashes + 1 >= job.max_crashes, true) as is_last
     from sqlqueue.worker
     cross join lateral (  -- never the other way round, which reads every lease
         select job_id, run, worker_id, crashes
@@ -317,12 +317,36 @@ as $$
         limit rescue.batch
         for update skip locked
     ) as orphan
-    join sqlqueue.job on job.id = orphan.job_id
-    where worker.died_at is not null
+    left join sqlqueue.job on job.id = orphan.job_id
+    where worker.died_at > now() - interval '10 minutes'  -- others are dug up by tidy
     limit rescue.batch
 $$;
 comment on function sqlqueue.rescue is
     'Declares silent workers dead, and locks leases of the dead, for their runs to be ended';
+
+create function sqlqueue.leases(worker bigint, within interval) returns table (
+    job_id text, run integer, is_cancelled boolean
+)
+language sql stable
+as $$
+    select cast(lease.job_id as text), lease.run, exists (
+        select from sqlqueue.cancel_request where cancel_request.job_id = lease.job_id
+    )
+    from sqlqueue.lease
+    where worker_id = leases.worker
+      and claimed_at > coalesce(now() - leases.within, '-infinity')  -- steps over dead
+    union
+    select cast(held.job_id as text), held.run, true
+    from sqlqueue.cancel_request
+    cross join lateral (  -- never the other way round, which reads every lease
+        select job_id, run
+        from sqlqueue.lease
+        where lease.job_id = cancel_request.job_id and lease.worker_id = leases.worker
+        limit 1
+    ) as held
+$$;
+comment on function sqlqueue.leases is
+    'What a worker has claimed within a time, and all it holds that is to be cancelled';
 
 create function sqlqueue.arm(queues text[], worker bigint, patience interval) returns setof text
 language sql volatile
@@ -421,8 +445,8 @@ comment on function sqlqueue.next_due is
 
 revoke all on function
     sqlqueue.fire_at, sqlqueue.run_schedule, sqlqueue.due_schedules, sqlqueue.fire,
-    sqlqueue.set_schedules, sqlqueue.promote, sqlqueue.rescue, sqlqueue.arm, sqlqueue.disarm,
-    sqlqueue.lanes, sqlqueue.next_due
+    sqlqueue.set_schedules, sqlqueue.promote, sqlqueue.rescue, sqlqueue.leases, sqlqueue.arm,
+    sqlqueue.disarm, sqlqueue.lanes, sqlqueue.next_due
 from public;
 """
 
@@ -472,9 +496,9 @@ def downgrade() -> None:
     op.execute(
         in_schema(
             "drop view sqlqueue.schedules;"
-            "drop function sqlqueue.promote, sqlqueue.rescue, sqlqueue.arm, sqlqueue.disarm,"
-            " sqlqueue.lanes, sqlqueue.next_due, sqlqueue.set_schedules, sqlqueue.fire,"
-            " sqlqueue.run_schedule, sqlqueue.fire_at, sqlqueue.due_schedules;"
+            "drop function sqlqueue.promote, sqlqueue.rescue, sqlqueue.leases, sqlqueue.arm,"
+            " sqlqueue.disarm, sqlqueue.lanes, sqlqueue.next_due, sqlqueue.set_schedules,"
+            " sqlqueue.fire, sqlqueue.run_schedule, sqlqueue.fire_at, sqlqueue.due_schedules;"
             "drop table sqlqueue.schedule, sqlqueue.tick;"
         )
     )

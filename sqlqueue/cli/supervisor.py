@@ -196,7 +196,7 @@ class Supervisor:
         try:
             with self._link.begin(self._options.ttl) as conn:
                 ended = self._store.rescue(conn, 10_000, worker)
-                left = self._store.leases(conn, worker)
+                left = self._store.leases(conn, worker, None)
         except DatabaseError as error:
             log.error("worker %d died; its jobs are rescued after its ttl: %s", worker, error)
             ended, left = [], {}

@@ -101,10 +101,10 @@ grant select on
     sqlqueue.jobs, sqlqueue.queue, sqlqueue.share, sqlqueue.setting, sqlqueue.alembic_version
 to sqlqueue_worker;
 grant execute on function
-    sqlqueue.enqueue, sqlqueue.gate, sqlqueue.rank, sqlqueue.uuid_at, sqlqueue.ring,
-    sqlqueue.take_keys, sqlqueue.is_held, sqlqueue.cancel_job, sqlqueue.cancel_unstarted,
-    sqlqueue.gated, sqlqueue.admit, sqlqueue.judge, sqlqueue.room_in, sqlqueue.take,
-    sqlqueue.promote, sqlqueue.rescue, sqlqueue.arm, sqlqueue.disarm, sqlqueue.lanes,
-    sqlqueue.next_due, sqlqueue.due_schedules, sqlqueue.set_schedules, sqlqueue.fire,
-    sqlqueue.fire_at, sqlqueue.forget_keys, sqlqueue.tidy
+    sqlqueue.enqueue, sqlqueue.gate, sqlqueue.rank, sqlqueue.uuid_at, sqlqueue.notify,
+    sqlqueue.ring, sqlqueue.take_keys, sqlqueue.is_held, sqlqueue.cancel_job,
+    sqlqueue.cancel_unstarted, sqlqueue.gated, sqlqueue.admit, sqlqueue.judge,
+    sqlqueue.room_in, sqlqueue.take, sqlqueue.promote, sqlqueue.rescue, sqlqueue.leases,
+    sqlqueue.arm, sqlqueue.disarm, sqlqueue.lanes, sqlqueue.next_due, sqlqueue.due_schedules,
+    sqlqueue.set_schedules, sqlqueue.fire, sqlqueue.fire_at, sqlqueue.forget_keys, sqlqueue.tidy
 to sqlqueue_worker;

@@ -1,14 +1,8 @@
--- List what a worker holds, and whether somebody asked to cancel it.
+-- List what a worker holds that it claimed :within now, and all that somebody asked to cancel.
 --
 -- moves   nothing
 -- index   lease_worker
 -- locks   nothing
 -- caller  heartbeat, to compare with what the worker knows of
-select
-    cast(lease.job_id as text) as job_id,
-    lease.run,
-    exists (
-        select from sqlqueue.cancel_request where cancel_request.job_id = lease.job_id
-    ) as is_cancelled
-from sqlqueue.lease
-where worker_id = :worker
+select job_id, run, is_cancelled
+from sqlqueue.leases(:worker, cast(:within as interval))

@@ -4,4 +4,4 @@
 -- index   none
 -- locks   the notification queue, until it commits
 -- caller  Worker, in the turn that filled its slots after a sleep, and at its end
-select pg_notify('sqlqueue', concat_ws(' ', 0, cast(:priority as integer), cast(:queue as text)))
+select sqlqueue.notify(concat_ws(' ', 0, cast(:priority as integer), cast(:queue as text)))

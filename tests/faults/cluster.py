@@ -149,6 +149,11 @@ class Cluster:
         """Make a standby a server of its own; return when it accepts writes."""
         self.run("select pg_promote(true, 60)")
 
+    def dump(self) -> None:
+        """Have pg_dump read everything, as a backup does."""
+        url = self.url.replace("+psycopg", "")
+        self._call("pg_dump", "--dbname", url, "--file", "/dev/null")
+
     def _make(self) -> None:
         if self._origin:
             host, port = HOST, self._origin._port

@@ -32,7 +32,7 @@ class Proxy:
         self._delay = 0.0
         self._refuses = False
         self._swallows = 0
-        self._which = ANYTHING
+        self._which = self._holed = ANYTHING
         self.swallowed = 0  # replies to COMMIT that never arrived
         self.cut = 0  # connections that were cut
 
@@ -70,8 +70,12 @@ class Proxy:
         """Hold back everything in both directions by this time."""
         self._delay = seconds
 
-    def black_hole(self) -> None:
-        """Pass nothing on, in either direction, and close nothing; new connections hang too."""
+    def black_hole(self, which: Callable[[bytes], bool] = ANYTHING) -> None:
+        """Pass nothing on, in either direction, and close nothing; new connections hang too.
+
+        `which` is asked with what a connection's client sent last.
+        """
+        self._holed = which
         self._call(self._open.clear)
 
     def refuse(self) -> None:
@@ -122,11 +126,12 @@ class Proxy:
             pipe.cut()
             self._pipes.discard(pipe)
 
-    async def passes(self) -> None:
-        """Wait while nothing is passed on."""
+    async def passes(self, asked: bytes) -> None:
+        """Wait while nothing is passed on for a connection whose client sent this last."""
         if self._delay:
             await asyncio.sleep(self._delay)
-        await self._open.wait()
+        if self._holed(asked):
+            await self._open.wait()
 
     def swallows(self, sent: bytes) -> bool:
         """Say whether to swallow the reply to the COMMIT of a transaction that sent this."""
@@ -149,7 +154,7 @@ class _Pipe:
     ) -> None:
         self._proxy, self._reader, self._writer = proxy, reader, writer
         self._server: asyncio.StreamWriter | None = None
-        self._sent = b""
+        self._sent = self._last = b""
         self.task: asyncio.Task[Any] = asyncio.current_task()  # type: ignore[assignment]
 
     async def run(self, host: str, port: int) -> None:
@@ -171,8 +176,8 @@ class _Pipe:
 
     async def _ask(self, server: asyncio.StreamWriter) -> None:
         while some := await self._reader.read(65536):
-            self._sent = (self._sent + some)[-65536:]
-            await self._proxy.passes()
+            self._sent, self._last = (self._sent + some)[-65536:], some
+            await self._proxy.passes(some)
             server.write(some)
             await server.drain()
 
@@ -187,6 +192,6 @@ class _Pipe:
             if kind == b"Z" and body == b"I":  # ReadyForQuery, in no transaction
                 self._sent = b""
             if not self._proxy.drops(kind):
-                await self._proxy.passes()
+                await self._proxy.passes(self._last)
                 self._writer.write(head + body)
                 await self._writer.drain()

@@ -313,7 +313,7 @@ def drain(world: World) -> None:
         STORE.admit(conn, LANE.queue, 10)
         claim(conn, STORE, worker)
         for one in (worker, world.worker):
-            for key, is_cancelled in STORE.leases(conn, one).items():
+            for key, is_cancelled in STORE.leases(conn, one, None).items():
                 if not is_cancelled:
                     world.ran.add(key[0])
                 STORE.finish(conn, [Ended(*key, "cancelled" if is_cancelled else "succeeded")])
