@@ -333,6 +333,8 @@ def test_r38_an_instant_or_a_duration_is_refused_or_comes_back(queue, engine, se
             assert sent() == before
             return
         row = rows(engine, read, id=queue.using(**{option: wanted}).send("greet").id)[0]
+        if is_instant:  # one that clocks skip or repeat equals none of another zone (PEP 495)
+            wanted = wanted.astimezone(UTC)
         if option == "timeout":
             assert row.timeout == wanted
         elif option == "expires":
