@@ -76,9 +76,9 @@ leaves = st.one_of(
     st.datetimes() | st.datetimes(timezones=st.just(UTC)),
     st.dates() | st.uuids() | st.decimals() | st.timedeltas() | st.complex_numbers(),
     st.sampled_from([object(), len, int]),
-    st.integers(-20, 20).map(lambda more: (SECRET + " " * MAX_BYTES)[: MAX_BYTES - 12 + more]),
 )
-values = st.recursive(
+large = st.integers(-20, 20).map(lambda more: (SECRET + " " * MAX_BYTES)[: MAX_BYTES - 12 + more])
+small = st.recursive(
     leaves,
     lambda inner: st.one_of(
         st.lists(inner, max_size=4),
@@ -89,6 +89,7 @@ values = st.recursive(
     ),
     max_leaves=8,
 )
+values = st.integers(0, 19).flatmap(lambda number: large if number == 0 else small)
 
 
 def nested(depth: int, value: Any) -> Any:
