@@ -17,7 +17,7 @@ from sqlqueue.integrations.alembic import migrate
 from tests.faults.checker import assert_nothing_wrong, drained
 from tests.faults.history import Enqueuers, request_table
 from tests.faults.pooler import SERVER_CONNECTIONS, Pooler
-from tests.harness import CLOCKS, ROOT, SOON, application_table, tree, wait_until, workers
+from tests.harness import CLOCKS, ROOT, SOON, application_table, tree, value, wait_until, workers
 from tests.matrix import CORE_TESTS, STORE_TESTS, run_pooled
 
 pytestmark = pytest.mark.alone
@@ -68,7 +68,7 @@ def sessions(engine: Engine) -> dict[int, list[tuple[str, str]]]:
     return dict(zip(pids, states, strict=True))
 
 
-def test_r25_fifty_clients_and_their_workers_share_five_connections(pooled, monkeypatch):
+def test_r25_fifty_clients_and_their_workers_share_five_connections(pooled, monkeypatch, capfd):
     engine, pooler = pooled()
     url = engine.url.render_as_string(hide_password=False)
     monkeypatch.setenv("SQLQUEUE_TEST_POOLER", "1")
@@ -90,6 +90,7 @@ def test_r25_fifty_clients_and_their_workers_share_five_connections(pooled, monk
     )
     history = enqueuers.history
     waited = float(total["wait_time"]) / 1e6
+    said = capfd.readouterr().err
     print(
         f"{len(history.acknowledged)} jobs of {CLIENTS} clients through {SERVER_CONNECTIONS}"
         f" connections, {total['xact_count']} transactions waited {waited:.1f} s"
@@ -99,6 +100,8 @@ def test_r25_fifty_clients_and_their_workers_share_five_connections(pooled, monk
     assert waited > 0, "inconclusive: nobody had to wait"
     assert history.repeated == 0, "somebody got an error instead of a connection"
     assert_nothing_wrong(engine, history)
+    assert value(engine, "select count(*) from sqlqueue.run where outcome = 'failed'") == 0
+    assert "statement" not in said, "a worker prepared statements"
     found = sessions(engine)
     assert len(found) == SERVER_CONNECTIONS
     assert not any(found.values()), found
