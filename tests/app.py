@@ -18,17 +18,21 @@ from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
 from typing import Any
+from uuid import UUID
 
 from sqlalchemy import text
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
 from sqlqueue import Ended, Queue, Retry, Unique, UniqueKeyBusy, WorkerOptions, current_run
 from sqlqueue.cli.supervisor import Processes, Supervisor
 from sqlqueue.store import Store
+from tests.faults.history import REQUEST
 
 queue = Queue(os.environ["SQLQUEUE_TEST_APP"])
 NOTE = text("insert into effect (key, run, pid) values (:key, :run, :pid)")
 AT_ONCE = Retry(attempts=100, waits=[timedelta(0)])
+MIDDLE: list[Callable[[], object]] = []  # called in the middle of `write`
 
 
 def load() -> Queue:
@@ -60,6 +64,23 @@ def work(names: tuple[str, ...], options: dict[str, Any]) -> None:
     queue.worker(*names, **options).run()
 
 
+def enqueue_until_told(job_id: str) -> None:
+    """Enqueue `write` with a row of the application; again while the outcome is not known."""
+    while True:
+        with suppress(DBAPIError), Session(queue.engine) as session:
+            session.execute(REQUEST, {"id": job_id})
+            queue.using(session, id=UUID(job_id)).send("write", job_id)
+            session.commit()
+            return
+        threading.Event().wait(0.1)
+
+
+def be_struck(failpoint: Any) -> None:
+    """Have a failpoint strike this process; one in a task, in the middle of `write`."""
+    failpoint.install(queue)
+    MIDDLE.append(lambda: failpoint.reach("in_task"))
+
+
 def stop_after(verb: str) -> None:
     """Have this process stop, as by SIGSTOP, between a statement of that name and its commit."""
     run_statement = getattr(Store, verb)
@@ -85,6 +106,8 @@ def write(session: Session, key: str, seconds: float = 0) -> int:
     """Write the key, and take some time before the commit."""
     run = current_run().number
     session.execute(NOTE, {"key": key, "run": run, "pid": os.getpid()})
+    for call in MIDDLE:
+        call()
     threading.Event().wait(seconds)
     return run
 

@@ -1,6 +1,7 @@
 """Private clusters and tables of the fault tests."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from types import ModuleType
 
 import pytest
@@ -12,15 +13,29 @@ from tests.faults.history import request_table
 from tests.harness import application_table, load_app
 
 
-@pytest.fixture
-def cluster() -> Iterator[Cluster]:
-    """A durable cluster of the test's own, with a migrated database."""
+@contextmanager
+def migrated() -> Iterator[Cluster]:
+    """Run a durable cluster, with the tables of sqlqueue and of the tests' application."""
     with Cluster() as cluster:
         engine = create_engine(cluster.url)
         migrate(engine)
         application_table(engine)
         request_table(engine)
         engine.dispose()
+        yield cluster
+
+
+@pytest.fixture
+def cluster() -> Iterator[Cluster]:
+    """A durable cluster of the test's own, with a migrated database."""
+    with migrated() as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="module")
+def shared_cluster() -> Iterator[Cluster]:
+    """A durable cluster that the tests of a module share, with a migrated database."""
+    with migrated() as cluster:
         yield cluster
 
 

@@ -1,10 +1,9 @@
 """Failpoints: places in a worker or an enqueuer where a fault strikes once, set from outside.
 
 There is no code for them in the package: `install` wraps the one function that runs every
-statement of the store, the transactions of a worker, and SQLAlchemy's own commits. A process
-reads which from the environment: SQLQUEUE_FAILPOINT=POINT:ACTION:FILE. Whoever gets there first
-creates the file, so that the fault strikes once in a whole tree of processes, and its test can
-tell that it did.
+statement of the store, the transactions of a worker, and SQLAlchemy's own commits. Whoever gets
+there first creates a file, so that the fault strikes once, and its test can tell that it did.
+Before the file's folder is there, nothing strikes.
 """
 
 import os
@@ -25,7 +24,6 @@ from sqlqueue.link import Link
 from sqlqueue.run import Run
 from sqlqueue.store import Store
 
-VARIABLE = "SQLQUEUE_FAILPOINT"
 # Point: when, the statement, and a word that its parameters must hold.
 POINTS = {
     "before_enqueue_commit": ("within", "enqueue", ""),
@@ -54,21 +52,16 @@ class Failpoint:
     kill   SIGKILL to this process           stop   SIGSTOP to it; the test has to continue it
     cut    all its connections to Postgres   crash  SIGQUIT to the server: no checkpoint
 
-    The variables SQLQUEUE_POSTGRES_PORT and SQLQUEUE_POSTGRES_PID say which server.
+    The server is that with this port and process id. For in_task, a task calls `reach` itself.
     """
 
-    def __init__(self, point: str, action: str, file: Path) -> None:
+    def __init__(self, point: str, action: str, file: str, port: int = 0, server: int = 0) -> None:
         if point not in POINTS or action not in ACTIONS:
             raise ValueError(f"there is no failpoint {point}:{action}")
-        self._point, self._action, self._file = point, action, file
+        self._point, self._action, self._file = point, action, Path(file)
+        self._port, self._server = port, server
         self._when, self._statement, self._word = POINTS[point]
         self._here = threading.local()
-
-    @classmethod
-    def given(cls) -> "Failpoint | None":
-        """Return what the environment says; None if it says nothing."""
-        words = os.environ.get(VARIABLE, "").split(":", 2)
-        return cls(words[0], words[1], Path(words[2])) if len(words) == 3 else None
 
     def reach(self, point: str) -> None:
         """Be at this point: strike if it is the one, and nobody has struck yet."""
@@ -116,16 +109,16 @@ class Failpoint:
         try:
             with self._file.open("x") as file:
                 file.write(str(os.getpid()))
-        except FileExistsError:
+        except (FileExistsError, FileNotFoundError):
             return
         if self._action == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
         elif self._action == "stop":
             os.kill(os.getpid(), signal.SIGSTOP)
         elif self._action == "cut":
-            cut_connections(int(os.environ["SQLQUEUE_POSTGRES_PORT"]))
+            cut_connections(self._port)
         else:
-            os.kill(int(os.environ["SQLQUEUE_POSTGRES_PID"]), signal.SIGQUIT)
+            os.kill(self._server, signal.SIGQUIT)
         threading.Event().wait(0.2)  # a signal may reach another thread before this one
 
 

@@ -2,8 +2,10 @@
 
 import os
 import random
+import re
 import signal
 import threading
+from collections.abc import Iterator
 from datetime import timedelta
 from time import monotonic
 from typing import Any
@@ -12,9 +14,12 @@ import pytest
 from sqlalchemy.orm import Session
 
 from sqlqueue import Job, LeaseLost, Retry, current_run
-from tests.faults.checker import assert_nothing_wrong, drained
+from tests.faults.cases import Case
+from tests.faults.checker import assert_nothing_wrong, drained, judge
+from tests.faults.failpoints import ACTIONS, POINTS
 from tests.faults.history import Enqueuers
 from tests.faults.nemesis import Nemesis
+from tests.faults.processes import Forks
 from tests.harness import (
     CLOCKS,
     SOON,
@@ -217,6 +222,66 @@ def test_r05_a_poison_job_fails_alone(queue, engine, tables, migrated_url, poiso
     assert outcomes(engine, job.id) == ["crashed"] * 3
     for one in neighbours:
         assert (one.refresh().state, one.attempt) == ("succeeded", 1)
+
+
+# A fault at each point
+
+# What becomes of a job's runs, as a regular expression, after SIGKILL, SIGSTOP until after its
+# ttl, cut connections, a crash of Postgres. The task is transactional: its effect is there once.
+# While Postgres is down, a run of a transactional task fails, or its worker gives it up.
+DONE, AGAIN, FAILED = "succeeded", "crashed succeeded", "failed succeeded"
+EITHER, MAYBE = "(failed|crashed) succeeded", "((failed|crashed) )?succeeded"
+ENDS = {
+    "before_enqueue_commit": ("", DONE, DONE, DONE),
+    "after_enqueue_commit": (DONE, DONE, DONE, DONE),
+    "before_claim": (DONE, DONE, DONE, DONE),
+    "claim_before_commit": (DONE, DONE, DONE, DONE),
+    "claim_after_commit": (AGAIN, AGAIN, DONE, MAYBE),
+    "before_task": (AGAIN, AGAIN, DONE, MAYBE),
+    "in_task": (AGAIN, AGAIN, FAILED, EITHER),
+    "before_finish": (AGAIN, AGAIN, FAILED, EITHER),
+    "finish_before_commit": (AGAIN, AGAIN, FAILED, EITHER),
+    "finish_after_commit": (DONE, DONE, DONE, DONE),
+    "in_beat": (AGAIN, AGAIN, FAILED, EITHER),
+    "in_rescue_before_commit": (AGAIN, AGAIN, AGAIN, AGAIN),
+    "in_promote_before_commit": (DONE, DONE, DONE, DONE),
+    "in_fire_before_commit": (DONE, DONE, DONE, DONE),
+    "in_drop_after_lock": (DONE, DONE, DONE, DONE),
+    "in_hand_back": (AGAIN, AGAIN, "returned succeeded", "(returned|crashed) succeeded"),
+}
+SEED = 20261123
+DRAWN = dict(zip(POINTS, random.Random(SEED).choices(ACTIONS, k=len(POINTS)), strict=True))
+CASES = [
+    pytest.param(
+        point,
+        action,
+        id=f"{point} {action}",
+        marks=[] if action == DRAWN[point] else pytest.mark.nightly,
+    )
+    for point in POINTS
+    for action in ACTIONS
+]
+
+
+@pytest.fixture(scope="module")
+def forks(shared_cluster) -> Iterator[Forks]:
+    with Forks(shared_cluster.url) as forks:
+        yield forks
+
+
+@pytest.mark.parametrize(("point", "action"), CASES)
+def test_r06_a_fault_at_a_point_has_a_known_end(
+    shared_cluster, forks, tmp_path, point, action
+) -> None:
+    case = Case(shared_cluster, forks, point, action, tmp_path)
+    with case.empty():
+        case.strike()
+        case.heal()
+        found = " ".join(case.outcomes)
+        print(f"seed {SEED}: {point}, {action}: {found or 'no job'}")
+        assert re.fullmatch(ENDS[point][ACTIONS.index(action)], found)
+        assert len(effects(case.engine, str(case.job_id))) == (1 if found else 0)
+        assert judge(case.engine, case.history).wrong() == {}
 
 
 # Processes are told to stop
