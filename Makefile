@@ -11,15 +11,17 @@ VENV ?= .venv
 PYTEST_ARGS ?=
 LEGS ?=
 ALL ?=
+SECONDS ?= 21600
 
 BIN := $(VENV)/bin
 NONE = { status=$$?; test "$(PYTEST_ARGS)" -a $$status = 5 || exit $$status; }
 INSTALLED := $(VENV)/installed
 
-NIGHTLY := faults server storage mutants others
+NIGHTLY := faults server storage soak mutants others
 FAULTS := tests/faults/test_crashes.py tests/faults/test_pauses.py tests/faults/test_permute.py
 SERVER := tests/faults/test_server.py tests/faults/test_network.py
 STORAGE := tests/faults/test_storage.py tests/faults/test_waking.py tests/faults/test_retention.py
+SOAK := tests/faults/test_soak.py
 MUTANTS := tests/faults/test_mutants.py
 
 .PHONY: demo test lint bench nightly $(NIGHTLY:%=nightly-%) matrix containers soak wheel
@@ -45,13 +47,14 @@ nightly: $(NIGHTLY:%=nightly-%)
 nightly-faults: WHAT = $(FAULTS)
 nightly-server: WHAT = $(SERVER)
 nightly-storage: WHAT = $(STORAGE)
+nightly-soak: WHAT = $(SOAK)
 nightly-mutants: WHAT = $(MUTANTS)
-nightly-others: WHAT = $(patsubst %,--ignore %,$(FAULTS) $(SERVER) $(STORAGE) $(MUTANTS))
+nightly-others: WHAT = $(patsubst %,--ignore %,$(FAULTS) $(SERVER) $(STORAGE) $(SOAK) $(MUTANTS))
 $(NIGHTLY:%=nightly-%): $(INSTALLED)
 	SQLQUEUE_BARS=docs/bars.json $(BIN)/pytest -m nightly $(WHAT) $(PYTEST_ARGS)
 	$(BIN)/python -m tests.faults.results docs/bars.json docs/bars.md
 
-# Every version of Postgres that is found, beside those of the soak wheels installed here.
+# Every version of Postgres that is found, beside those of the wheels installed here.
 matrix: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[matrix]"
 	$(BIN)/python -m tests.matrix $(LEGS) $(if $(ALL),--all)
@@ -59,6 +62,10 @@ matrix: $(INSTALLED)
 # Exits 77 (make says so) where no engine of containers can be had.
 containers: $(INSTALLED)
 	VENV=$(VENV) tests/containers/run
+
+# Longer than the nightly one, which lasts half an hour.
+soak: $(INSTALLED)
+	SQLQUEUE_SOAK_SECONDS=$(SECONDS) $(BIN)/pytest -s -m nightly $(SOAK) $(PYTEST_ARGS)
 
 wheel: $(INSTALLED)
 	rm -rf dist

@@ -1,16 +1,25 @@
-"""Load: jobs of each kind at a steady rate, for the tasks of tests/faults/application.py."""
+"""Load: jobs of each kind at a steady rate, and worker processes, in a cluster of their own.
+
+The tasks are those of tests/faults/application.py.
+"""
 
 import random
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, Self
 from uuid import UUID
 
-from sqlalchemy import text
+from sqlalchemy import create_engine, text
 
 from sqlqueue import Queue, Retry, Unique
+from sqlqueue.integrations.alembic import migrate
 from sqlqueue.literal import new_id
+from tests.faults.cluster import Cluster
+from tests.faults.history import request_table
+from tests.harness import program, wait_until, workers
 
 # Kinds of jobs: a task and what is special, with its share of the whole and its options.
 PLAIN: dict[str, tuple[float, dict[str, Any]]] = {"plain": (1, {})}
@@ -101,3 +110,35 @@ class Load:
                 bound.send(kind.split()[0], **args)
         self.sent += self._batch
         self._plain += plain
+
+
+@contextmanager
+def migrated(settings: dict[str, str]) -> Iterator[Cluster]:
+    """Run a durable cluster of the test's own, migrated."""
+    with Cluster(settings) as cluster:
+        engine = create_engine(cluster.url)
+        migrate(engine)
+        request_table(engine)
+        engine.dispose()
+        yield cluster
+
+
+@contextmanager
+def working(url: str, load: str = "load") -> Iterator[Queue]:
+    """Have two worker processes with the default clocks; give a queue to enqueue in."""
+    queue = Queue(url)
+    serve = f"app.supervise(2, ('default', 'limited'), {{}}, application.{load})"
+    with program(url, f"from tests.faults import application; {serve}"):
+        wait_until(lambda: len(workers(queue.engine)) == 2, within=30, what="two workers")
+        yield queue
+    queue.engine.dispose()
+
+
+def percentile(values: list[float], percent: float) -> float:
+    """Return the value below which so many lie."""
+    return sorted(values)[min(int(len(values) * percent / 100), len(values) - 1)]
+
+
+def wait(seconds: float) -> None:
+    """Let time pass."""
+    threading.Event().wait(seconds)
