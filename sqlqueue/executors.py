@@ -19,6 +19,7 @@ from sqlqueue.store import Ended
 IN_A_ROW = 32  # runs that a slot takes before it lets others use the loop
 # How a run ended; None if the task finished its job itself.
 Done = Callable[[Run, Ended | None], None]
+Work = Coroutine[Any, Any, Any]
 
 
 class LoopExecutor:
@@ -30,11 +31,7 @@ class LoopExecutor:
     """
 
     def __init__(
-        self,
-        slots: int,
-        perform: Callable[[Run], Coroutine[Any, Any, Ended | None]],
-        close: Callable[[], Coroutine[Any, Any, None]],
-        done: Done,
+        self, slots: int, perform: Callable[[Run], Work], close: Callable[[], Work], done: Done
     ) -> None:
         self._slots = slots
         self._perform = perform
@@ -101,7 +98,7 @@ class LoopExecutor:
 class _Steps(Awaitable[Ended | None]):
     """A coroutine, to be awaited; says afterwards whether it has waited for anything."""
 
-    def __init__(self, coroutine: Coroutine[Any, Any, Ended | None]) -> None:
+    def __init__(self, coroutine: Work) -> None:
         self._coroutine = coroutine
         self.have_waited = False
 

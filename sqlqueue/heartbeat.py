@@ -44,7 +44,9 @@ class Heartbeat:
         if now - self._beat_at > self._ttl * 2 / 3:
             self._beat_at = now
             worker.fence("could not beat")
-        if now - worker.progress > self._ttl:
+            for link in (self.link, worker.link, worker.upkeep.link):
+                link.cut()  # they may wait for a server that will never answer
+        if worker.link.conn and now - worker.progress > self._ttl:
             log.critical("worker %d: no turn for %.1f s", worker.id, now - worker.progress)
             if worker.signs:
                 os._exit(70)

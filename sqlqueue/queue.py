@@ -9,12 +9,14 @@ from contextlib import AbstractContextManager, closing, contextmanager
 from datetime import timedelta
 from functools import partial
 from itertools import islice
+from random import uniform
 from time import monotonic, sleep
 from typing import Any, ParamSpec, TypeVar, overload
 from uuid import UUID
 
 from psycopg.pq import TransactionStatus
 from sqlalchemy import URL, Engine, create_engine
+from sqlalchemy.exc import OperationalError
 
 from sqlqueue.codec import Plain, encode_call
 from sqlqueue.errors import DuplicateJob, QueueFull, UniqueKeyBusy
@@ -35,7 +37,9 @@ R = TypeVar("R")
 Kwargs = Mapping[str, Any]
 Name = str | None
 Added = tuple[int, dict[str, str]]
-FULL_LOOK = 0.05  # seconds between looks at a full queue
+LOOK = 0.05  # seconds between two tries of an enqueue, on average
+RETRIES = 5  # of an enqueue in a transaction of its own, after errors of the database,
+RETRY_WITHIN = 1.0  # seconds
 BATCH = 1000  # calls encoded and sent at a time by enqueue_many
 
 
@@ -135,13 +139,18 @@ class Queue:
 
     def enqueue(self, call: Call) -> Job[Any]:
         """Enqueue a call made by `Task.s`, in the transaction bound, or in one of its own."""
-        _, holders = self._write(partial(self._add, calls=[call]), call.options.wait_if_full)
-        return Job(self, UUID(holders.get(call.id, call.id)))
+        if self._transaction is None:
+            return self._job(call, self._add_alone(call))
+        return self._job(call, within(self._transaction, partial(self._add, calls=[call])))
 
     async def aenqueue(self, call: Call) -> Job[Any]:
         """Do what `enqueue` does, from async code."""
-        _, holders = await self._awrite(partial(self._add, calls=[call]), call.options.wait_if_full)
-        return Job(self, UUID(holders.get(call.id, call.id)))
+        if self._transaction is None:
+            return await asyncio.to_thread(self.enqueue, call)
+        return self._job(call, await across(self._transaction, partial(self._add, calls=[call])))
+
+    def _job(self, call: Call, added: Added) -> Job[Any]:
+        return Job(self, UUID(added[1].get(call.id, call.id)))
 
     def enqueue_many(self, calls: Iterable[Call]) -> int:
         """Enqueue calls made by `Task.s`, in one transaction; return how many jobs were new.
@@ -169,23 +178,21 @@ class Queue:
         with savepoint(conn):
             return sum(self._add(conn, some)[0] for some in _batches(calls))
 
-    def _write(self, work: Callable[[Executes], R], patience: timedelta | None) -> R:
-        if self._transaction is not None:
-            return within(self._transaction, work)
-        until = monotonic() + (patience.total_seconds() if patience else 0)
+    def _add_alone(self, call: Call) -> Added:
+        """Add a job in a transaction of its own, again if its outcome is an error, or unknown."""
+        patience, began, tries = call.options.wait_if_full, monotonic(), 0
         while True:
+            tries += 1
             try:
                 with self.autocommit() as conn:
-                    return work(conn)
+                    return self._add(conn, [call])
             except QueueFull:
-                if monotonic() >= until:
+                if monotonic() >= began + (patience.total_seconds() if patience else 0):
                     raise
-            sleep(FULL_LOOK)
-
-    async def _awrite(self, work: Callable[[Executes], R], patience: timedelta | None) -> R:
-        if self._transaction is not None:
-            return await across(self._transaction, work)
-        return await asyncio.to_thread(self._write, work, patience)
+            except OperationalError:
+                if tries > RETRIES or monotonic() > began + RETRY_WITHIN:
+                    raise
+            sleep(uniform(0, 2 * LOOK))
 
     def _add(self, conn: Executes, calls: list[Call]) -> Added:
         """Add jobs; return how many were new, and by id the jobs that stand for others."""
@@ -266,12 +273,7 @@ class Queue:
         self._say(self.store.pause, queue, task, schedule, True, by, why, lasts)
 
     def schedule(
-        self,
-        cron: str | None = None,
-        *,
-        name: str | None = None,
-        args: Kwargs | None = None,
-        **when: Any,
+        self, cron: Name = None, *, name: Name = None, args: Kwargs | None = None, **when: Any
     ) -> Callable[[Task[P, R]], Task[P, R]]:
         """Declare that a task is enqueued by itself; written above `@queue.task`.
 

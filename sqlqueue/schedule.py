@@ -57,12 +57,9 @@ class Schedule:
     def to_json(self, name: str, call: Any) -> str:
         """Write a row of the table, for a Call."""
         params = call.options.params
-        row = vars(self) | {
-            "name": check_name("schedule", name),
-            "task": call.task,
-            "args": Raw(call.args.encode()),
-            "options": {k: one for k, one in params.items() if one is not None or k == "timeout"},
-        }
+        options = {k: one for k, one in params.items() if one is not None or k == "timeout"}
+        row = vars(self) | {"name": check_name("schedule", name), "task": call.task}
+        row |= {"args": Raw(call.args.encode()), "options": options}
         return json.encode(row).decode()
 
     def after(self, instant: datetime) -> Iterator[datetime]:

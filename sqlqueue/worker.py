@@ -6,6 +6,7 @@ It runs no user code and waits for nobody, and only it touches `held`.
 
 import logging
 import os
+import random
 import socket
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -213,16 +214,18 @@ class Worker:
 
         An error that nobody foresaw ends the whole worker.
         """
-        wait = 0.0
+        wait, failures = 0.0, 0
         try:
             while not self.stopped.is_set():
                 wakes.wait(wait)
                 wakes.clear()
                 try:
-                    wait = look()
+                    wait, failures = look(), 0
                 except DatabaseError as error:
                     log.warning("worker %d: %s: %s", self.id, look.__name__, error)
-                    wait = min(self.options.poll.total_seconds(), 0.5)
+                    failures += 1
+                    most = min(0.02 * 2 ** min(failures, 5), self.options.poll.total_seconds())
+                    wait = random.uniform(0, most)
         except Exception as error:
             log.critical("worker %d: stops working", self.id, exc_info=True)
             if self.signs:

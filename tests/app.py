@@ -22,6 +22,7 @@ from uuid import UUID
 
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
+from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
 from sqlqueue import Ended, Queue, Retry, Unique, UniqueKeyBusy, WorkerOptions, current_run
@@ -110,6 +111,20 @@ def write(session: Session, key: str, seconds: float = 0) -> int:
         call()
     threading.Event().wait(seconds)
     return run
+
+
+@queue.task(name="write_async", transactional=True, retry=AT_ONCE)
+async def write_async(session: AsyncSession, key: str, seconds: float = 0) -> int:
+    """Do what `write` does, on the event loop."""
+    run = current_run().number
+    await session.execute(NOTE, {"key": key, "run": run, "pid": os.getpid()})
+    await asyncio.sleep(seconds)
+    return run
+
+
+@queue.task(name="nothing")
+async def nothing() -> None:
+    """Take no time."""
 
 
 @queue.task(name="linger")

@@ -31,7 +31,7 @@ from sqlqueue import (
 )
 from sqlqueue.store import Ended, Lane, Store
 from tests.conftest import TABLES
-from tests.harness import wait_until
+from tests.harness import rows, wait_until
 from tests.test_store import hire
 
 KINDS = (
@@ -518,17 +518,19 @@ def test_an_error_of_the_database_shows_no_argument_whatever_the_engine(
 def test_a_connection_that_broke_is_not_used_again(migrated_url, engine) -> None:
     application = create_engine(migrated_url, pool_size=1, max_overflow=0)
     queue = Queue(application)
-    queue.send("shop.greet")
+    job = queue.send("shop.greet")
     ended = (
-        "select pg_terminate_backend(pid) from pg_stat_activity where datname = current_database()"
+        "select pg_terminate_backend(pid) from pg_stat_activity"
+        " where datname = current_database() and pid <> pg_backend_pid()"
     )
-    with engine.connect() as conn:
-        conn.execute(text(ended + " and pid <> pg_backend_pid()"))
+    rows(engine, ended)
 
     with pytest.raises(DBAPIError):
-        queue.send("shop.greet")
+        job.refresh()
 
-    assert exists(engine, queue.send("shop.greet"))
+    assert job.refresh().state == "ready"
+    rows(engine, ended)
+    assert exists(engine, queue.send("shop.greet"))  # tried again by itself
     application.dispose()
 
 

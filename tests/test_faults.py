@@ -13,7 +13,7 @@ from time import monotonic
 import pytest
 from sqlalchemy import Engine
 
-from sqlqueue import Retry, current_run
+from sqlqueue import Retry
 from tests.harness import (
     CLOCKS,
     SOON,
@@ -211,35 +211,6 @@ def test_a_worker_whose_connections_are_all_cut_goes_on(queue, engine):
         assert worker.id == first
 
     assert sorted(runs) == list(range(8))
-
-
-def test_a_lease_that_its_worker_does_not_know_of_is_handed_back(queue, engine):
-    """As after a claim whose COMMIT was done but never answered."""
-    ran = threading.Event()
-
-    @queue.task(name="lost")
-    def lost() -> int:
-        ran.set()
-        return current_run().number
-
-    with queue.worker("default", **CLOCKS, slots=1) as worker:
-        with engine.begin() as conn:
-            job = lost.using(conn).enqueue()
-            conn.exec_driver_sql(
-                "with gone as (delete from sqlqueue.ready returning *)"
-                " insert into sqlqueue.lease (job_id, due_at, run, failures, crashes, priority,"
-                " queue, seq, worker_id, claimed_at)"
-                " select job_id, due_at, 1, 0, 0, priority, queue, seq, %s, now() from gone",
-                (worker.id,),
-            )
-        began = monotonic()
-        assert job.wait(SOON) == 2
-
-    print(f"ran after {monotonic() - began:.2f} s")
-    assert outcomes(engine, job.id) == ["returned", "succeeded"]
-    assert job.attempt == 1
-    sql = "select extract(epoch from ended_at - started_at) from sqlqueue.run where run = 1"
-    assert float(value(engine, sql)) < 3 * BEAT + 0.2
 
 
 def test_a_signal_that_reaches_another_thread_stops_a_worker_too(migrated_url) -> None:

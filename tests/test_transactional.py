@@ -167,24 +167,6 @@ def test_an_exception_after_the_finishing_commit_changes_nothing(queue, engine):
     assert outcomes(engine, job.id) == ["succeeded"]
 
 
-def test_a_finish_rolled_back_by_its_task_is_a_failure_and_the_job_is_not_lost(queue, engine):
-    @queue.task(name="undecided", retry=AT_ONCE)
-    def undecided() -> None:
-        with Session(engine) as session, session.begin():
-            savepoint = session.begin_nested()
-            session.execute(NOTE, of_run("undecided"))
-            current_run().finish(session)
-            if current_run().number == 1:
-                savepoint.rollback()
-
-    with queue.worker("default", **POLLING):
-        job = undecided.enqueue()
-        job.wait(SOON)
-
-    assert outcomes(engine, job.id) == ["failed", "succeeded"]
-    assert effects(engine, "undecided") == [2]
-
-
 class Overtaken:
     """Two runs of a job: the first loses its lease to the second, and goes on afterwards."""
 

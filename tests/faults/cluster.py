@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import psycopg
-from sqlalchemy import make_url
+from sqlalchemy import URL, make_url
 
 from sqlqueue.embedded import Binaries, _unprivileged, _within_reach, find_binaries
 from tests.harness import wait_until
@@ -37,24 +37,26 @@ PR_SET_PDEATHSIG = 1
 
 
 class Cluster:
-    """A cluster in a temporary folder, started on entry, stopped and deleted on exit.
+    """A cluster in a folder of its own, in `place`, started on entry, stopped and deleted on exit.
 
     `stop("immediate")` is a crash of the server: no checkpoint, recovery at the next start.
     """
 
-    def __init__(self, settings: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, settings: Mapping[str, str] | None = None, place: Path | None = None
+    ) -> None:
         self._identity = _unprivileged()
         self._programs = _within_reach(Binaries.read(find_binaries()[0]), self._identity).directory
         self._settings = SETTINGS | dict(settings or {})
         self._password = secrets.token_urlsafe(12)
         self._port = _free_port()
         self._process: subprocess.Popen[bytes] | None = None
-        self._place = Path()
-        self._origin: Cluster | None = None
+        self._within, self._place = place, Path()
+        self._origin: URL | None = None
 
     def __enter__(self) -> Self:
-        self._place = Path(tempfile.mkdtemp(prefix="sqlqueue-cluster-"))
-        self._own(self._place)
+        self._place = Path(tempfile.mkdtemp(prefix="sqlqueue-cluster-", dir=self._within))
+        self.own(self._place)
         try:
             self._make()
             self.start()
@@ -127,15 +129,14 @@ class Cluster:
         """Say whether the server has ended by itself or by a signal."""
         return self._process is None or self._process.poll() is not None
 
-    def standby(self, settings: Mapping[str, str] | None = None) -> "Cluster":
+    def standby(self, url: str | None = None) -> "Cluster":
         """Return a standby of this running server, not yet entered: a base backup that streams.
 
-        It waits for no standby of its own once it is promoted. `synchronous()` has this server
-        wait for it.
+        `url` leads to this server in another way than its own, such as through a proxy. A standby
+        waits for none of its own once it is promoted. `synchronous()` has this server wait for it.
         """
-        alone = {"synchronous_standby_names": ""}
-        standby = Cluster(self._settings | alone | dict(settings or {}))
-        standby._password, standby._origin = self._password, self
+        standby = Cluster(self._settings | {"synchronous_standby_names": ""})
+        standby._password, standby._origin = self._password, make_url(url or self.url)
         return standby
 
     def synchronous(self) -> None:
@@ -156,15 +157,16 @@ class Cluster:
 
     def _make(self) -> None:
         if self._origin:
-            host, port = HOST, self._origin._port
+            host, port = self._origin.host, self._origin.port
             who = f"user=postgres password={self._password} application_name=standby"
             words = ["-D", self.data, "-R", "-X", "stream", "-c", "fast"]
             self._call("pg_basebackup", *words, "-d", f"host={host} port={port} {who}")
             return
         secret = self._place / "password"
         secret.write_text(self._password)
-        self._own(secret)
+        self.own(secret)
         words = ["-D", self.data, "-U", "postgres", f"--pwfile={secret}", "--no-sync"]
+        words += ["--wal-segsize=1"] if self._within else []  # its log grows in small steps
         words += ["--auth=scram-sha-256", "--encoding=UTF8", "--locale=C.UTF-8"]
         self._call("initdb", *words)
 
@@ -178,7 +180,8 @@ class Cluster:
         )
         assert made.returncode == 0, f"{program}: {made.stdout}{made.stderr}"
 
-    def _own(self, path: Path) -> None:
+    def own(self, path: Path) -> None:
+        """Have a path belong to who runs the server."""
         if self._identity:
             os.chown(path, self._identity["user"], self._identity["group"])
 

@@ -1,6 +1,6 @@
 """Private clusters and tables of the fault tests."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import ModuleType
 
@@ -14,21 +14,17 @@ from tests.harness import application_table, load_app
 
 
 @contextmanager
-def migrated() -> Iterator[Cluster]:
+def migrated(settings: Mapping[str, str] | None = None) -> Iterator[Cluster]:
     """Run a durable cluster, with the tables of sqlqueue and of the tests' application."""
-    with Cluster() as cluster:
-        engine = create_engine(cluster.url)
-        migrate(engine)
-        application_table(engine)
-        request_table(engine)
-        engine.dispose()
+    with Cluster(settings) as cluster:
+        prepare(cluster.url)
         yield cluster
 
 
 @pytest.fixture
-def cluster() -> Iterator[Cluster]:
-    """A durable cluster of the test's own, with a migrated database."""
-    with migrated() as cluster:
+def cluster(request: pytest.FixtureRequest) -> Iterator[Cluster]:
+    """A durable cluster of the test's own, with a migrated database; its parameter are settings."""
+    with migrated(getattr(request, "param", None)) as cluster:
         yield cluster
 
 
@@ -37,6 +33,22 @@ def shared_cluster() -> Iterator[Cluster]:
     """A durable cluster that the tests of a module share, with a migrated database."""
     with migrated() as cluster:
         yield cluster
+
+
+@pytest.fixture
+def private(create_database: Callable[[], str]) -> str:
+    """The url of a migrated database of the test's own, on the shared server."""
+    prepare(url := create_database())
+    return url
+
+
+def prepare(url: str) -> None:
+    """Migrate a database and make the application's tables there."""
+    engine = create_engine(url)
+    migrate(engine)
+    application_table(engine)
+    request_table(engine)
+    engine.dispose()
 
 
 @pytest.fixture

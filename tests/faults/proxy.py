@@ -1,7 +1,8 @@
 """A TCP proxy before a Postgres server, which injects the faults of a network.
 
-It reads the messages of the server, so that it can tell a reply to COMMIT from any other. Every
-connection through it is plain (no TLS), and its faults hold for all of them until `heal`.
+It reads the messages of the server, so that it can tell a reply that says "committed" from any
+other. Every connection through it is plain (no TLS), and its faults hold for all of them until
+`heal`.
 """
 
 import asyncio
@@ -13,8 +14,8 @@ from typing import Any, Self
 
 from sqlalchemy import make_url
 
-ANYTHING: Callable[[bytes], bool] = lambda sent: True  # noqa: E731
-COMMITTED = b"COMMIT\0"
+Sent = Callable[[bytes], bool]
+ANYTHING: Sent = lambda sent: True  # noqa: E731
 
 
 class Proxy:
@@ -33,7 +34,7 @@ class Proxy:
         self._refuses = False
         self._swallows = 0
         self._which = self._holed = ANYTHING
-        self.swallowed = 0  # replies to COMMIT that never arrived
+        self.swallowed = 0  # commits whose reply never arrived
         self.cut = 0  # connections that were cut
 
     def __enter__(self) -> Self:
@@ -92,13 +93,17 @@ class Proxy:
 
         self._call(cut_all)
 
-    def swallow_commits(self, count: int = 1, which: Callable[[bytes], bool] = ANYTHING) -> None:
-        """Cut the connection instead of passing on the next `count` replies to COMMIT.
+    def swallow_commits(self, count: int = 1, which: Sent = ANYTHING) -> None:
+        """Cut the connection instead of passing on the next `count` replies to a commit.
 
-        The transaction is committed and the client does not know. `which` is asked with what the
-        client sent in that transaction.
+        The transaction is committed and the client does not know: it ended with COMMIT, or was one
+        statement. `which` is asked with what the client sent in it.
         """
         self._which, self._swallows = which, count
+
+    def lead_to(self, url: str) -> None:
+        """Lead new connections to another server; those there are stay where they are."""
+        self._server = make_url(url)
 
     def heal(self) -> None:
         """End all faults; what was cut stays cut."""
@@ -134,7 +139,7 @@ class Proxy:
             await self._open.wait()
 
     def swallows(self, sent: bytes) -> bool:
-        """Say whether to swallow the reply to the COMMIT of a transaction that sent this."""
+        """Say whether to swallow the reply to the commit of a transaction that sent this."""
         if self._swallows < 1 or not self._which(sent):
             return False
         self._swallows -= 1
@@ -155,6 +160,7 @@ class _Pipe:
         self._proxy, self._reader, self._writer = proxy, reader, writer
         self._server: asyncio.StreamWriter | None = None
         self._sent = self._last = b""
+        self._has_begun = False  # a transaction that goes on
         self.task: asyncio.Task[Any] = asyncio.current_task()  # type: ignore[assignment]
 
     async def run(self, host: str, port: int) -> None:
@@ -187,10 +193,14 @@ class _Pipe:
             head = await replies.readexactly(5)
             body = await replies.readexactly(int.from_bytes(head[1:], "big") - 4)
             kind = head[:1]
-            if kind == b"C" and body == COMMITTED and self._proxy.swallows(self._sent):
-                return  # CommandComplete
-            if kind == b"Z" and body == b"I":  # ReadyForQuery, in no transaction
-                self._sent = b""
+            if kind == b"C":  # CommandComplete, which leaves the server when it has committed
+                self._has_begun |= body == b"BEGIN\0"
+                commits = body == b"COMMIT\0" or not self._has_begun
+                if commits and self._proxy.swallows(self._sent):
+                    return
+            if kind == b"Z":  # ReadyForQuery
+                self._has_begun = body != b"I"  # idle, in no transaction
+                self._sent = self._sent if self._has_begun else b""
             if not self._proxy.drops(kind):
                 await self._proxy.passes(self._last)
                 self._writer.write(head + body)
