@@ -6,6 +6,7 @@ from tests.faults.mutants import replace
 
 BAR = "plan"
 TESTS = "tests/test_plans.py"
+IS_QUICK = True
 
 
 def apply(root: Path) -> None:
