@@ -306,7 +306,8 @@ class Worker:
                 rans.append(run.ran or 0)
                 log.debug("job %s: run %d finished its job itself", *run.key)
             elif run.key[0] not in finished:
-                log.warning("job %s: run %d lost its lease; its outcome was dropped", *run.key)
+                why = "its end is recorded already, or the job was taken from it"
+                log.warning("job %s: run %d holds its lease no more: %s", *run.key, why)
             else:
                 if one.ran is not None:
                     rans.append(one.ran)
