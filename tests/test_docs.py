@@ -5,6 +5,7 @@ What is between two fences is read from the pages themselves, so nothing is said
 
 import ast
 import importlib
+import json
 import os
 import re
 import shlex
@@ -22,6 +23,7 @@ from sqlalchemy import Engine, create_engine
 
 from sqlqueue import Queue, Retry
 from sqlqueue.integrations.alembic import migrate
+from tests.faults import results
 from tests.harness import wait_until
 
 ROOT = Path(__file__).parent.parent
@@ -107,6 +109,11 @@ def test_a_guarantee_has_its_test(guarantee: str):
     tree = ast.parse((ROOT / file).read_text())
     functions = [one for one in ast.walk(tree) if isinstance(one, ast.FunctionDef)]
     assert name in [function.name for function in functions], f"{file} has no {name}"
+
+
+def test_the_page_of_the_bars_shows_their_results():
+    known = json.loads((ROOT / "docs/bars.json").read_text())
+    assert (ROOT / "docs/bars.md").read_text() == results.page(known)
 
 
 # Pages
