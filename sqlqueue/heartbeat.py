@@ -6,7 +6,6 @@ database and so cannot hang, watches that beats and turns go on.
 """
 
 import logging
-import os
 import threading
 from datetime import timedelta
 from itertools import cycle
@@ -47,10 +46,7 @@ class Heartbeat:
             for link in (self.link, worker.link, worker.upkeep.link):
                 link.cut()  # they may wait for a server that will never answer
         if worker.link.conn and now - worker.progress > self._ttl:
-            log.critical("worker %d: no turn for %.1f s", worker.id, now - worker.progress)
-            if worker.signs:
-                os._exit(70)
-            worker.stopped.set()  # no more beats: its jobs are rescued
+            raise TimeoutError(f"no turn for {now - worker.progress:.1f} s")
         return self._ttl / 12
 
     def beat(self) -> float:

@@ -163,9 +163,9 @@ class Worker:
                 self.stopped.wait(0.5)  # a signal may not wake it
             except KeyboardInterrupt:
                 self.stop()
-        self.join()
         if self.error:
             raise self.error
+        self.join()
 
     def __enter__(self) -> "Worker":
         self.start()

@@ -14,8 +14,8 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
 from uuid import UUID
@@ -25,9 +25,18 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
-from sqlqueue import Ended, Queue, Retry, Unique, UniqueKeyBusy, WorkerOptions, current_run
+from sqlqueue import (
+    Ended,
+    LeaseLost,
+    Queue,
+    Retry,
+    Run,
+    Unique,
+    UniqueKeyBusy,
+    WorkerOptions,
+    current_run,
+)
 from sqlqueue.cli.supervisor import Processes, Supervisor
-from sqlqueue.store import Store
 from tests.faults.history import REQUEST
 
 queue = Queue(os.environ["SQLQUEUE_TEST_APP"])
@@ -82,18 +91,16 @@ def be_struck(failpoint: Any) -> None:
     MIDDLE.append(lambda: failpoint.reach("in_task"))
 
 
-def stop_after(verb: str) -> None:
-    """Have this process stop, as by SIGSTOP, between a statement of that name and its commit."""
-    run_statement = getattr(Store, verb)
-
-    def stopping(*args: Any, **kwargs: Any) -> Any:
-        found = run_statement(*args, **kwargs)
-        if found:
-            os.kill(os.getpid(), signal.SIGSTOP)
-            threading.Event().wait(0.2)  # it may reach another thread before this one
-        return found
-
-    setattr(Store, verb, stopping)
+@contextmanager
+def noting_refusals(run: Run) -> Iterator[None]:
+    """Write down that a run could not finish its job, since it had lost its lease."""
+    try:
+        yield
+    except LeaseLost:
+        with queue.engine.begin() as conn:
+            key = {"id": run.job_id, "run": run.number}
+            conn.execute(text("insert into refusal values (:id, :run)"), key)
+        raise
 
 
 def note(key: str) -> None:

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
@@ -63,12 +63,13 @@ def outcomes(engine: Engine, job_id: object) -> list[str]:
 
 
 def application_table(engine: Engine) -> None:
-    """Make the table that the tasks of the tests write to, empty."""
+    """Make the tables that the tasks of the tests write to, empty."""
     rows(
         engine,
         "create table if not exists effect"
         " (key text not null, run integer, pid integer, at timestamptz default clock_timestamp());"
-        "delete from effect",
+        "create table if not exists refusal (job_id uuid not null, run integer not null);"
+        "delete from effect; delete from refusal",
     )
 
 
@@ -105,12 +106,14 @@ def load_app(url: str) -> ModuleType:
 
 
 @contextmanager
-def program(url: str, code: str, **options: Any) -> Iterator[subprocess.Popen[bytes]]:
+def program(
+    url: str, code: str, env: Mapping[str, str] | None = None, **options: Any
+) -> Iterator[subprocess.Popen[bytes]]:
     """Run a Python program in a session of its own; it is killed at the end, with its children."""
     process = subprocess.Popen(
         [sys.executable, "-c", f"import datetime; from tests import app; {code}"],
         cwd=ROOT,
-        env=os.environ | {"SQLQUEUE_TEST_APP": url},
+        env=os.environ | {"SQLQUEUE_TEST_APP": url} | dict(env or {}),
         start_new_session=True,
         **options,
     )

@@ -24,7 +24,6 @@ from tests.harness import (
     is_alive,
     load_app,
     outcomes,
-    tree,
     value,
     wait_until,
 )
@@ -275,35 +274,6 @@ def test_an_executor_that_cannot_run_the_function_gives_way_to_one_that_can(queu
 
 
 # Blocked slots
-
-
-def test_tasks_that_block_for_three_ttl_keep_their_leases(queue, engine, migrated_url):
-    """Blocked slots, a blocked event loop and a held interpreter cause no false rescue.
-
-    Beats come from a thread of their own, and from the supervisor where no thread can run.
-    """
-    seconds = 3 * TTL.total_seconds()
-
-    @queue.task(name="thread")
-    def in_thread() -> int:
-        threading.Event().wait(seconds)
-        return current_run().number
-
-    @queue.task(name="loop")
-    async def on_loop() -> int:
-        threading.Event().wait(seconds)  # no await: nothing else runs on the loop
-        return current_run().number
-
-    with (
-        tree(migrated_url, 1, "supervised", slots=1),
-        queue.worker("default", **CLOCKS, slots=2),
-        queue.worker("other", **CLOCKS),  # would rescue what seems dead
-    ):
-        held = queue.using(queue="supervised").send("hold_interpreter", int(seconds))
-        jobs = [in_thread.enqueue(), on_loop.enqueue(), held]
-        assert [job.wait(timedelta(seconds=seconds + 15)) for job in jobs] == [1, 1, 1]
-
-    assert [outcomes(engine, job.id) for job in jobs] == [["succeeded"]] * 3
 
 
 def test_a_claimed_job_does_not_wait_behind_a_long_one(queue, engine):

@@ -4,8 +4,6 @@ Clocks: beat 0.5 s, self-fence 2 s, ttl 3 s, poll 0.25 s.
 """
 
 import asyncio
-import os
-import signal
 import threading
 from datetime import timedelta
 from time import monotonic
@@ -19,9 +17,6 @@ from tests.harness import (
     SOON,
     TTL,
     application_table,
-    effects,
-    is_stopped,
-    outcomes,
     program,
     rows,
     tree,
@@ -37,15 +32,6 @@ BEAT = TTL.total_seconds() / 6
 @pytest.fixture(autouse=True)
 def table(engine: Engine) -> None:
     application_table(engine)
-
-
-def the_worker(engine: Engine, other_than: int = 0) -> int:
-    """Wait for a live worker to register; return its id."""
-
-    def registered() -> list[int]:
-        return [number for number in workers(engine) if number != other_than]
-
-    return wait_until(registered, within=20, what="a worker")[0]
 
 
 # Death
@@ -85,61 +71,6 @@ def test_an_embedded_worker_runs_a_suspect_when_all_else_has_ended(queue, engine
 
 
 # Stalls
-
-
-def test_a_worker_stopped_for_longer_than_its_ttl_cannot_finish(queue, engine, migrated_url):
-    """Its job runs elsewhere; when it goes on, its writes are rolled back."""
-    written = "select count(*) from pg_stat_activity where query like 'insert into effect%'"
-    job = queue.using(timeout=None).send("write", "paid", 2)
-    with program(migrated_url, f"app.work(('default',), {CLOCKS | {'slots': 1}!r})") as stalled:
-        first = the_worker(engine)
-        wait_until(lambda: value(engine, written + " and state = 'idle in transaction'"))
-        os.kill(stalled.pid, signal.SIGSTOP)
-
-        with program(migrated_url, f"app.work(('default',), {CLOCKS!r})"):
-            assert job.wait(timedelta(seconds=15)) == 2
-            os.kill(stalled.pid, signal.SIGCONT)
-            the_worker(engine, other_than=first)
-            # It has found out and registered anew; and its transaction has come to an end.
-            again = "select count(*) from sqlqueue.worker where pid = :pid and died_at is null"
-            wait_until(lambda: value(engine, again, pid=stalled.pid), what="it to register anew")
-            open_ = "select count(*) from pg_stat_activity where state = 'idle in transaction'"
-            wait_until(lambda: value(engine, open_) == 0, what="the end of its transaction")
-
-    assert effects(engine, "paid") == [2]
-    assert outcomes(engine, job.id) == ["crashed", "succeeded"]
-
-
-@pytest.mark.parametrize(
-    ("verb", "task", "outcomes_"),
-    [
-        ("claim", "linger", ["succeeded"]),
-        ("finish", "linger", ["crashed", "succeeded"]),
-        ("finish", "write", ["crashed", "succeeded"]),
-    ],
-    ids=["claim", "finish", "finish of a transactional task"],
-)
-def test_a_worker_that_stalls_before_its_commit_hides_no_job(
-    queue, engine, migrated_url, verb, task, outcomes_
-):
-    """Locked rows are passed by: the database ends the silent session, then others go on."""
-    work = f"app.work(('default',), {CLOCKS!r})"
-    with program(migrated_url, f"app.stop_after({verb!r}); {work}") as stalled:
-        job = queue.send(task, "stalled", 0)
-        wait_until(lambda: is_stopped(stalled.pid), within=20)
-        began = monotonic()
-        with program(migrated_url, work):
-            job.wait(timedelta(seconds=TTL.total_seconds() + 10))
-            took = monotonic() - began
-            os.kill(stalled.pid, signal.SIGCONT)
-            # It finds its session gone, registers anew and goes on.
-            sql = "select count(*) from sqlqueue.worker where pid = :pid and died_at is null"
-            wait_until(lambda: value(engine, sql, pid=stalled.pid), what="it to go on")
-
-    print(f"{verb}: ran elsewhere after {took:.2f} s")
-    assert took < TTL.total_seconds() + 5
-    assert outcomes(engine, job.id) == outcomes_
-    assert len(effects(engine, "stalled")) == (2 if (verb, task) == ("finish", "linger") else 1)
 
 
 def test_a_worker_that_was_declared_dead_registers_anew_and_goes_on(queue, engine):

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import Self
 
@@ -18,14 +19,14 @@ class Forks:
     `failpoints` and `datetime`.
     """
 
-    def __init__(self, url: str) -> None:
-        self._url = url
+    def __init__(self, url: str, env: Mapping[str, str] | None = None) -> None:
+        self._url, self._env = url, env
         self._stack = ExitStack()
 
     def __enter__(self) -> Self:
         code = "from tests.faults import processes; processes.serve()"
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-        self._process = self._stack.enter_context(program(self._url, code, **pipes))
+        self._process = self._stack.enter_context(program(self._url, code, self._env, **pipes))
         return self
 
     def __exit__(self, *_: object) -> None:
