@@ -50,7 +50,8 @@ def test_r40_a_mutant_breaks_its_bar(name, server_url, create_database, tmp_path
     mutant.apply(tmp_path)
 
     tests = getattr(mutant, "TESTS", "tests")
-    words = ["-q", "-x", "-m", "not nightly", "-k", mutant.BAR, "-p", "no:cacheprovider", tests]
+    tier = getattr(mutant, "TIER", "not nightly")
+    words = ["-q", "-x", "-m", tier, "-k", mutant.BAR, "-p", "no:cacheprovider", tests]
     own = {"PYTHONPATH": str(tmp_path), "SQLQUEUE_TEST_URL": server_url, "SQLQUEUE_BARS": ""}
     ran = subprocess.run(
         [sys.executable, "-m", "pytest", *words],
