@@ -12,7 +12,8 @@ import random
 import signal
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from ctypes import Structure, c_bool, c_double, c_int64
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -26,6 +27,7 @@ from sqlqueue.link import DatabaseError, Link
 from sqlqueue.process import SPAWN, die_with_parent, resident_bytes
 from sqlqueue.queue import Queue
 from sqlqueue.runs import tell
+from sqlqueue.store import Executes
 from sqlqueue.worker import Worker, WorkerOptions
 
 log = logging.getLogger("sqlqueue.supervisor")
@@ -194,7 +196,7 @@ class Supervisor:
     def _rescue(self, worker: int) -> None:
         """Hand back what a dead worker holds; again, while its last transaction still ends."""
         try:
-            with self._link.begin(self._options.ttl) as conn:
+            with self._transaction() as conn:
                 ended = self._store.rescue(conn, 10_000, worker)
                 left = self._store.leases(conn, worker, None)
         except DatabaseError as error:
@@ -206,6 +208,17 @@ class Supervisor:
             log.warning("job %s: run %d crashed: %s", one.job_id, one.run, one.error)
         if self._queue.after_run:
             threading.Thread(target=tell, args=(self._queue, ended), daemon=True).start()
+
+    @contextmanager
+    def _transaction(self) -> Iterator[Executes]:
+        """Lend a connection; break it if there is no answer within two thirds of a ttl."""
+        alarm = threading.Timer(self._options.ttl.total_seconds() * 2 / 3, self._link.cut)
+        alarm.start()
+        try:
+            with self._link.begin(self._options.ttl) as conn:
+                yield conn
+        finally:
+            alarm.cancel()
 
     def _watch(self, child: _Child) -> None:
         ttl = self._options.ttl.total_seconds()
@@ -236,7 +249,7 @@ class Supervisor:
 
     def _beat_for(self, child: _Child) -> None:
         try:
-            with self._link.begin(self._options.ttl) as conn:
+            with self._transaction() as conn:
                 is_alive = self._store.beat(conn, child.signs.worker_id)
             if is_alive:
                 child.signs.is_full = True  # it takes no turns either; its next one says anew

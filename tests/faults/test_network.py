@@ -1,7 +1,9 @@
 """Bars R22 to R24: replies that never arrive, and a network that swallows everything."""
 
 import asyncio
+import os
 import random
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -10,14 +12,27 @@ from typing import Any
 from uuid import UUID
 
 import pytest
-from sqlalchemy import Engine, create_engine, text
+from sqlalchemy import Engine, create_engine, make_url, text
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
 
 from sqlqueue import Queue, Retry, Unique, current_run
 from sqlqueue.literal import new_id
 from tests.faults.proxy import Proxy
-from tests.harness import CLOCKS, POLLING, SOON, TTL, effects, outcomes, rows, value, wait_until
+from tests.harness import (
+    CLOCKS,
+    POLLING,
+    SOON,
+    TTL,
+    effects,
+    members,
+    outcomes,
+    rows,
+    tree,
+    value,
+    wait_until,
+    workers,
+)
 
 pytestmark = pytest.mark.alone
 
@@ -260,3 +275,30 @@ def test_r24_a_black_holed_worker_stops_its_jobs_and_later_goes_on(
     assert elsewhere < ttl + 5
     assert outcomes(engine, jobs[0].id) == ["crashed", "succeeded"]
     assert effects(engine, "paid") == [2]
+
+
+def another(engine: Engine) -> int:
+    """Kill the only worker process of a tree; return the one that takes its place."""
+    (number, pid), *_ = wait_until(lambda: workers(engine).items(), within=20)
+    os.kill(pid, signal.SIGKILL)
+    wait_until(lambda: workers(engine).keys() - {number}, within=20, what="another worker")
+    return workers(engine)[max(workers(engine))]
+
+
+def test_r24_a_black_holed_supervisor_still_replaces_a_worker_that_dies(engine, proxy) -> None:
+    url = make_url(proxy.url).update_query_dict({"connect_timeout": "2"})
+    with tree(url.render_as_string(hide_password=False)) as parent:
+        first = another(engine)  # and so the supervisor is connected
+        proxy.black_hole()
+        threading.Event().wait(4 * BEAT)  # it beats for a child that is silent, in vain
+        before = set(members(parent))
+        os.kill(first, signal.SIGKILL)
+        began = monotonic()
+        wait_until(lambda: set(members(parent)) - before, within=20, what="another process")
+        took = monotonic() - began
+        (second,) = set(members(parent)) - before
+        proxy.heal()
+        wait_until(lambda: second in workers(engine).values(), within=20, what="its registration")
+
+    print(f"black-holed, a worker process that died was replaced after {took:.2f} s")
+    assert took < TTL.total_seconds() + 5
