@@ -207,7 +207,7 @@ class Supervisor:
         for one in ended:
             log.warning("job %s: run %d crashed: %s", one.job_id, one.run, one.error)
         if self._queue.after_run:
-            threading.Thread(target=tell, args=(self._queue, ended), daemon=True).start()
+            threading.Thread(target=tell, args=(self._queue.after_run, ended), daemon=True).start()
 
     @contextmanager
     def _transaction(self) -> Iterator[Executes]:
