@@ -2,7 +2,8 @@
 
 A module holds its docstring, which says what is broken; BAR, such as "r10", or another word that
 `pytest -k` understands; TESTS, if they are elsewhere than in tests/; TIER, "nightly" if the bar has
-no short form; IS_QUICK, if CI tries it, not only `make nightly`; and `apply(root)`, which changes the copy of a checkout in that folder.
+no short form; IS_QUICK, if CI tries it, not only `make nightly`; and `apply(root)`, which changes
+the copy of a checkout in that folder.
 """
 
 from pathlib import Path
