@@ -47,13 +47,17 @@ TAKES = {"in_beat": 1.0, "in_hand_back": 2.0}
 class Case:
     """A fault at a point: `strike`, then `heal`.
 
-    job_id   of the job that meets it, and the key of its effect
+    job_id  of the job that meets it, and the key of its effect
+    task    "write", which is transactional, or "linger"
     """
 
-    def __init__(self, cluster: Cluster, forks: Forks, point: str, action: str, folder: Path):
+    def __init__(
+        self, cluster: Cluster, forks: Forks, point: str, action: str, task: str, folder: Path
+    ) -> None:
         self.engine = create_engine(cluster.url, pool_pre_ping=True)
         self.job_id = UUID(new_id())
-        self._cluster, self._forks, self._point, self._action = cluster, forks, point, action
+        self._cluster, self._forks = cluster, forks
+        self._point, self._action, self._task = point, action, task
         self._struck = folder / "armed" / "struck"
         self._pids: list[int] = []
 
@@ -162,7 +166,7 @@ class Case:
             conn.execute(REQUEST, {"id": self.job_id})
             delay = timedelta(seconds=DELAYS.get(point, 0))
             bound = queue.using(conn, id=self.job_id, delay=delay)
-            bound.send("write", str(self.job_id), TAKES.get(point, 0))
+            bound.send(self._task, str(self.job_id), TAKES.get(point, 0))
             conn.execute(text("update sqlqueue.setting set retention = default"))
             if point == "in_rescue_before_commit":
                 _leave_to_the_dead(conn)
