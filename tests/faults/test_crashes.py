@@ -268,6 +268,15 @@ CASES = [
 ]
 
 
+@pytest.fixture
+def killed(engine) -> Iterator[None]:
+    """Kill what wrote its process id and is left: this process would wait for it to end."""
+    yield
+    for row in rows(engine, "select pid from effect where pid is not null"):
+        if is_alive(row.pid) and row.pid != os.getpid():
+            os.kill(row.pid, signal.SIGKILL)
+
+
 @pytest.fixture(scope="module")
 def forks(shared_cluster) -> Iterator[Forks]:
     with Forks(shared_cluster.url) as forks:
@@ -326,7 +335,7 @@ def test_r07_a_tree_lets_jobs_end_until_it_is_told_again(app, engine, migrated_u
 # Jobs are told to stop
 
 
-def test_r08_a_stubborn_process_is_killed_with_all_it_started(app, engine) -> None:
+def test_r08_a_stubborn_process_is_killed_with_all_it_started(app, engine, killed) -> None:
     """It ignores SIGTERM and has a child of its own; the next job has a fresh process."""
     limit = 2.0
 
