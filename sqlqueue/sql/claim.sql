@@ -40,9 +40,9 @@ leased as (
     from picked
 )
 select
-    cast(picked.job_id as text) as job_id, picked.run, picked.seq, picked.queue, picked.failures,
-    job.task, job.attempts, job.executor, job.keep, cast(job.args as text) as args,
-    cast(job.headers as text) as headers, cast(job.retry as text) as retry,
+    cast(picked.job_id as text) as job_id, picked.run, picked.seq, job.task,
+    cast(job.args as text) as args, picked.queue, picked.failures, job.attempts, job.executor,
+    job.keep, cast(job.headers as text) as headers, cast(job.retry as text) as retry,
     picked.crashes + 1 >= job.max_crashes as is_last_crash,
     cast(extract(epoch from job.timeout) as double precision) as timeout,
     picked.run = 1 and job.expires_at <= now() as is_expired,
