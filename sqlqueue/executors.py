@@ -37,7 +37,7 @@ class LoopExecutor:
         self._perform = perform
         self._close = close
         self._done = done
-        self._waiting: SimpleQueue[Run] = SimpleQueue()
+        self.waiting: SimpleQueue[Run] = SimpleQueue()
         self._tasks: set[asyncio.Task[None]] = set()
         loop = self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=loop.run_forever, name="sqlqueue loop", daemon=True)
@@ -46,21 +46,12 @@ class LoopExecutor:
     def submit(self, runs: Sequence[Run]) -> None:
         """Take runs to be started, in order, as slots become free."""
         for run in runs:
-            self._waiting.put(run)
+            self.waiting.put(run)
         self._loop.call_soon_threadsafe(self._fill)
-
-    def withdraw(self) -> list[Run]:
-        """Give back the runs that have not been started."""
-        return _taken_from(self._waiting)
 
     def interrupt(self, run: Run) -> None:
         """Ask a run to stop, `run.interrupted` being set; kill it where that is possible."""
-
-        def cancel() -> None:
-            if run.handle is not None:
-                run.handle.cancel()
-
-        self._loop.call_soon_threadsafe(cancel)
+        self._loop.call_soon_threadsafe(lambda: run.handle and run.handle.cancel())
 
     def stop(self) -> None:
         """End what can be ended; nothing is submitted any more."""
@@ -68,7 +59,7 @@ class LoopExecutor:
         self._thread.join(timeout=1)
 
     def _fill(self) -> None:
-        for _ in range(min(self._waiting.qsize(), self._slots - len(self._tasks))):
+        for _ in range(min(self.waiting.qsize(), self._slots - len(self._tasks))):
             work = self._loop.create_task(self._serve(), context=Context())
             self._tasks.add(work)
 
@@ -76,7 +67,7 @@ class LoopExecutor:
         task: Any = asyncio.current_task()
         try:
             for _ in range(IN_A_ROW):
-                run = self._waiting.get_nowait()
+                run = self.waiting.get_nowait()
                 run.handle = task
                 steps = _Steps(self._perform(run))
                 ended = await steps
@@ -123,7 +114,7 @@ class ThreadExecutor:
 
     def __init__(self, slots: int, make: Callable[[], Any], done: Done) -> None:
         self._done = done
-        self._waiting: SimpleQueue[Run | None] = SimpleQueue()
+        self.waiting: SimpleQueue[Run | None] = SimpleQueue()
         self._free = [make() for _ in range(slots)]  # the last one used is the first to be used
         self._threads: list[threading.Thread] = []
         for _ in range(slots):
@@ -134,11 +125,7 @@ class ThreadExecutor:
     def submit(self, runs: Sequence[Run]) -> None:
         """Take runs to be started, in order, as slots become free."""
         for run in runs:
-            self._waiting.put(run)
-
-    def withdraw(self) -> list[Run]:
-        """Give back the runs that have not been started."""
-        return _taken_from(self._waiting)
+            self.waiting.put(run)
 
     def interrupt(self, run: Run) -> None:
         """Ask a run to stop, `run.interrupted` being set; kill it where that is possible."""
@@ -148,13 +135,13 @@ class ThreadExecutor:
     def stop(self) -> None:
         """End what can be ended; nothing is submitted any more."""
         for _ in self._threads:
-            self._waiting.put(None)
+            self.waiting.put(None)
         deadline = monotonic() + 1
         for thread in self._threads:
             thread.join(timeout=max(0, deadline - monotonic()))
 
     def _work(self) -> None:
-        while (run := self._waiting.get()) is not None:
+        while (run := self.waiting.get()) is not None:
             performer = self._free.pop()
             ended = Context().run(performer.perform, run)
             self._free.append(performer)
@@ -162,12 +149,12 @@ class ThreadExecutor:
         self._free.pop().close()
 
 
-def _taken_from(waiting: SimpleQueue[Any]) -> list[Run]:
-    """Take out all that nobody else has taken."""
-    taken: list[Run] = []
+def withdrawn(executor: "Executor") -> list[Run]:
+    """Take back the runs that have not been started."""
+    taken: list[Any] = []
     with suppress(Empty):
         while True:
-            taken.append(waiting.get_nowait())
+            taken.append(executor.waiting.get_nowait())
     return taken
 
 

@@ -287,11 +287,13 @@ class Choice(NamedTuple):
 class Control:
     """What commands work on: settings are chosen and the database opened when first needed.
 
-    given  the settings of the command line and the environment
+    given   the settings of the command line and the environment
+    others  applications that are given beside the first
     """
 
     def __init__(self) -> None:
         self.given: dict[str, Choice] = {}
+        self.others: Sequence[str] = ()
 
     @cached_property
     def _project(self) -> dict[str, Choice]:
@@ -341,6 +343,14 @@ class Control:
         url = self.url.value if "url" in self.given else None
         schema = self.schema.value if "schema" in self.given else None
         return partial(load, self.app.value, url, schema)
+
+    @cached_property
+    def loaders(self) -> list[Callable[[], Queue]]:
+        """What loads the application, and each of the others, each in its own database."""
+        if self.others and "url" in self.given:
+            raise click.UsageError("several applications have a database each: leave out --url")
+        schema = self.schema.value if "schema" in self.given else None
+        return [self.loader, *(partial(load, other, None, schema) for other in self.others)]
 
     @cached_property
     def queue(self) -> Queue:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from sqlalchemy.orm import Session
 
-from sqlqueue.executors import Executor, LoopExecutor, ThreadExecutor
+from sqlqueue.executors import Executor, LoopExecutor, ThreadExecutor, withdrawn
 from sqlqueue.link import async_engine
 from sqlqueue.notes import Said
 from sqlqueue.perform import InThread, OnLoop
@@ -36,6 +36,7 @@ class Runs:
 
     next_check monotonic time at which `check` has something to do
     said       what runs say, to be written
+    over       what has ended, until `take_over`
     lingering  runs that are over for us, and go on in a slot all the same
     has_stale  set when jobs claimed ahead had to be handed back: they take longer than thought
     is_stuck   whether a run went on after its end
@@ -50,7 +51,7 @@ class Runs:
         self._options = worker.options
         self._worker = worker
         self._executors: dict[str, Executor] = {}
-        self._over: deque[End] = deque()
+        self.over: deque[End] = deque()
         self.next_check = NEVER
         self._must_check = False
         self._hooks = ThreadPoolExecutor(1, "sqlqueue hooks")
@@ -111,12 +112,12 @@ class Runs:
     def _end(self, run: Run, ended: Ended | None) -> None:
         if not run.is_over:
             run.is_over = True
-            self._over.append((run, ended))
+            self.over.append((run, ended))
             self._worker.wake()
 
     def take_over(self) -> list[End]:
         """Return what has ended since the last call, of what is still held."""
-        over = [self._over.popleft() for _ in range(len(self._over))]
+        over = [self.over.popleft() for _ in range(len(self.over))]
         return [(run, ended) for run, ended in over if self.held.get(run.key) is run]
 
     def interrupt(self, run: Run, why: str) -> None:
@@ -165,7 +166,7 @@ class Runs:
     def withdraw(self) -> None:
         """Hand back the runs that have not been started."""
         for executor in self._executors.values():
-            for run in executor.withdraw():
+            for run in withdrawn(executor):
                 run.interrupted = "returned"
                 self.done(run, run.stopped())
 

@@ -40,7 +40,6 @@ class Upkeep:
         self._sweeps = Sweeps(10.0)
         self._rescues = Sweeps(worker.options.ttl.total_seconds() / 6)
         self._tidies = Sweeps(TIDY_EVERY)
-        self._has_declared = False
 
     def look(self) -> float:
         """Do what is due; return the seconds until there is more."""
@@ -67,7 +66,7 @@ class Upkeep:
 
     def _fire(self, conn: Executes) -> None:
         """Enqueue the jobs of schedules whose time has come."""
-        if not self._has_declared:
+        if not self.passes:
             known = self._worker.queue.declared
             self._store.set_schedules(conn, known, sorted(self._worker.queue.tasks))
         for row in self._store.due_schedules(conn):
@@ -91,5 +90,4 @@ class Upkeep:
         with self.link.begin(self._ttl) as conn:
             self._fire(conn)
             wait = self._store.next_due(conn)
-        self._has_declared = True
         return LOOK_EVERY if wait is None else max(wait.total_seconds(), 0.0)

@@ -87,8 +87,15 @@ class Worker:
     """Leases the jobs of some queues and runs them. Made by `Queue.worker`.
 
     Either `run()`, which returns when it has stopped, or a context manager that works in the
-    background. `progress` is the monotonic time of the last turn; `error` is what ended a worker
-    that should have gone on; `signs` is shared with the supervisor, if there is one.
+    background.
+
+    slots, ahead  jobs to run at a time, and to claim before there is a slot for them; may be
+                  changed at any time, by who shares a process out among workers
+    progress      monotonic time of the last turn
+    taken         jobs claimed
+    idle_at       monotonic time of the last look that found nothing to do
+    error         what ended a worker that should have gone on
+    signs         where it says how it is to whoever watches it, if somebody does
     """
 
     def __init__(
@@ -101,7 +108,10 @@ class Worker:
         self.id = 0
         self.link = Link(queue.engine, queue.store)
         self.runs = Runs(self)
+        self.slots, self.ahead = options.slots, AHEAD
         self.progress = monotonic()
+        self.taken = 0
+        self.idle_at = 0.0
         self.stopped = threading.Event()
         self.error: Exception | None = None
         self._bell = Bell(queue.store, self.lanes.names, options.poll)
@@ -111,7 +121,6 @@ class Worker:
         self._sweeps = Sweeps(options.poll.total_seconds())
         self._gated: set[str] = set()  # queues in which jobs may have to wait
         self._admits_at = NEVER
-        self._taken = 0
         self._usual = 0.0  # seconds a job has been taking; 0: not known yet
         self._stop_by: float | None = None
         self._is_fenced = False
@@ -207,6 +216,12 @@ class Worker:
         self.runs.interrupt_all()  # at once: the next turn may hang
         self.wake()
 
+    @property
+    def running(self) -> int:
+        """How many runs have not ended, or keep their slots; nearly so in another thread."""
+        held, ended = len(self.runs.held), len(self.runs.over) + len(self._unsettled)
+        return held - ended + len(self.runs.lingering)
+
     # The turn
 
     def _keep(self, look: Callable[[], float], wakes: threading.Event, link: Link | None) -> None:
@@ -228,8 +243,6 @@ class Worker:
                     wait = random.uniform(0, most)
         except Exception as error:
             log.critical("worker %d: stops working", self.id, exc_info=True)
-            if self.signs:
-                os._exit(70)
             self.error = error
             self.stopped.set()  # no more beats: its jobs are rescued
         if link:
@@ -242,7 +255,7 @@ class Worker:
             return 0
         self.step()
         if self.signs:
-            self.signs.held, self.signs.is_full = len(self.runs.held), self._room() <= 0
+            self.signs.tell(len(self.runs.held), self._room() <= 0)
         return self._pause()
 
     def step(self) -> int:
@@ -282,11 +295,9 @@ class Worker:
     def _settle(self, conn: Executes, ended: Sequence[End]) -> tuple[set[str], set[str]]:
         """Finish runs; return those that were finished, and those to be tried again."""
         store = self.queue.store
-        finished: set[str] = set()
         succeeded = [one for _, one in ended if one and one.outcome == "succeeded"]
         others = [one for _, one in ended if one and one.outcome != "succeeded"]
-        for some in (succeeded, others):
-            finished |= store.finish(conn, some)
+        finished = store.finish(conn, succeeded) | store.finish(conn, others)
         left = [run.key for run, _ in ended if run.key[0] not in finished]
         return finished, store.held(conn, left) if left else set()
 
@@ -333,13 +344,13 @@ class Worker:
         held = len(self.runs.held) - len(self._unsettled)  # what has ended is settled first
         if self._is_probing:
             return 0 if held else 1
-        slots = self.options.slots - len(self.runs.lingering)
-        ahead = min(AHEAD, int(slots * HORIZON / self._usual)) if self._usual else 0
+        slots = self.slots - len(self.runs.lingering)
+        ahead = min(self.ahead, int(slots * HORIZON / self._usual)) if self._usual else 0
         room = slots + ahead - held
         if held > slots and room < min(BATCH, ahead // 2):
             return 0  # nobody waits for it: claim more at a time
         if self.options.max_jobs is not None:
-            room = min(room, self.options.max_jobs - self._taken)
+            room = min(room, self.options.max_jobs - self.taken)
         return room
 
     @property
@@ -371,11 +382,13 @@ class Worker:
         if rows:
             self._bell.found(conn, lane if len(rows) == room else None, self._admits_at < NEVER)
         else:
-            self._bell.found_nothing(conn, self.id, self.options.listen and self.listener.is_heard)
-        self._taken += len(rows)
+            self._bell.found_nothing(conn, self.id, self.listener.is_heard)
+        self.taken += len(rows)
         is_idle = sweeps and not rows and not self.runs.held and self._admits_at == NEVER
-        if self.options.drain and is_idle and self.upkeep.passes:
-            self.stop()
+        if is_idle and self.upkeep.passes:
+            self.idle_at = began
+            if self.options.drain:
+                self.stop()
         return rows
 
     def _ways(self, conn: Executes, probes: bool, want: int, rows: list[Any]) -> Iterator[Lane]:
@@ -407,9 +420,8 @@ class Worker:
         """Say for how long to sleep if nobody wakes this thread."""
         if self._unsettled or self._is_fenced or self._bell.is_in_vain:
             return 0.005
-        can_claim = self._stop_by is None and self._room() > 0
         wait = self.options.poll.total_seconds()
-        if can_claim:
+        if self._room() > 0:
             next_at = min(self._sweeps.next_at, self._admits_at)
             wait = min(self._bell.pause(), next_at - monotonic())
         return max(0.0, min(wait, min(self.runs.next_check, self._stop_by or NEVER) - monotonic()))
@@ -450,7 +462,7 @@ class Worker:
         self._is_fenced = False
 
     def _has_stopped(self) -> bool:
-        if self._taken >= (self.options.max_jobs or float("inf")) and not self.runs.held:
+        if self.taken >= (self.options.max_jobs or float("inf")) and not self.runs.held:
             self.stop()
         if self._stop_by is None:
             return False
@@ -474,4 +486,4 @@ class Worker:
                 self.queue.store.unregister(conn, self.id)
                 # Others look for what was handed back; our own listener wakes to end.
                 self.queue.store.pass_on(conn, self.lanes.names[0], 0)
-        log.info("worker %d: stopped after %d runs", self.id, self._taken)
+        log.info("worker %d: stopped after %d runs", self.id, self.taken)

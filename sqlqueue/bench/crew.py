@@ -22,7 +22,7 @@ import psycopg
 from sqlalchemy import make_url
 
 from sqlqueue.bench import tasks
-from sqlqueue.cli.supervisor import SWITCH_EVERY
+from sqlqueue.cli.crew import SWITCH_EVERY
 from sqlqueue.literal import new_id
 from sqlqueue.options import Options
 from sqlqueue.process import die_with_parent

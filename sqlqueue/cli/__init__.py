@@ -24,6 +24,7 @@ from sqlalchemy.orm import Session
 
 from sqlqueue import __version__
 from sqlqueue.cli.control import queues, schedules
+from sqlqueue.cli.crew import Served
 from sqlqueue.cli.jobs import jobs
 from sqlqueue.cli.supervisor import Processes, Supervisor
 from sqlqueue.cli.words import (
@@ -32,6 +33,7 @@ from sqlqueue.cli.words import (
     KEYWORD,
     Commands,
     app_option,
+    apps_option,
     count,
     duration,
     failure,
@@ -147,7 +149,7 @@ def migrate(control: Control, /, action: str, revision: str | None, **given: Any
 
 @main.command()
 @click.argument("queues", metavar="[QUEUE[:WEIGHT]...]", nargs=-1)
-@app_option
+@apps_option
 @option("--processes", type=numbers, default="1", help="Worker processes: 4, or 1..4 as needed.")
 @option("--slots", type=count, default=WorkerOptions.slots, help="Jobs at a time, in each.")
 @option("--max-jobs", type=count, help="Stop after this many runs, in each.")
@@ -169,7 +171,8 @@ def migrate(control: Control, /, action: str, revision: str | None, **given: Any
 def worker(ctx: click.Context, /, queues: Sequence[str], **given: Any) -> None:
     """Run the jobs of some queues.
 
-    Without QUEUE, of the queues that the tasks are for.
+    Without QUEUE, of the queues that the tasks are for. With -A more than once, of several
+    databases, which share the slots.
 
     A first SIGTERM or Ctrl-C lets running jobs end, a second one hands them back at once.
     """
@@ -185,12 +188,16 @@ def worker(ctx: click.Context, /, queues: Sequence[str], **given: Any) -> None:
     given["child_bytes"] = given.pop("child_rss")
     from sqlqueue.integrations.alembic import check
 
-    load, queue = control.loader, control.queue
     with misuse():
-        example = queue.worker(*queues, **given)
-    check(queue.engine, queue.store.schema)
+        examples = [load().worker(*queues, **given) for load in control.loaders]
+    first, *others = [
+        Served(load, queues or one.lanes.names)
+        for load, one in zip(control.loaders, examples, strict=True)
+    ]
+    if not others:  # a worker of several waits for each of them
+        check(control.queue.engine, control.queue.store.schema)
     control.start_log()
-    ctx.exit(Supervisor(load, queues or example.lanes.names, example.options, processes).run())
+    ctx.exit(Supervisor(*first, examples[0].options, processes, others).run())
 
 
 def reload(grace: timedelta) -> None:

@@ -1,51 +1,36 @@
 """The parent of worker processes: starts them, replaces them, and sees at once when one dies.
 
 It runs no user code but hooks. It hands the jobs of a dead child back without waiting for its ttl,
-beats for a child whose code holds the interpreter's lock, and keeps one probe process while there
-are suspects: jobs that took two workers down, which run there alone. It starts another child while
-none has room, stops one when there is room to spare, and replaces those that are old or large.
+beats for a child whose code holds the interpreter's lock, and keeps one probe process of a database
+while there are suspects: jobs that took two workers down, which run there alone. It starts another
+child while none has room, stops one when there is room to spare, and replaces those that are old or
+large. What it does in a database has a thread of its own: one that is down holds up nothing else.
 """
 
 import logging
-import os
 import random
 import signal
-import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from ctypes import Structure, c_bool, c_double, c_int64
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from functools import partial
 from multiprocessing import connection
-from multiprocessing.sharedctypes import RawValue
+from multiprocessing.sharedctypes import RawArray
 from time import monotonic
 from typing import Any, NamedTuple
 
+from sqlqueue.cli.crew import Load, Served, Signs, serve
 from sqlqueue.link import DatabaseError, Link
-from sqlqueue.process import SPAWN, die_with_parent, resident_bytes
-from sqlqueue.queue import Queue
+from sqlqueue.process import SPAWN, resident_bytes
 from sqlqueue.runs import tell
 from sqlqueue.store import Executes
-from sqlqueue.worker import Worker, WorkerOptions
+from sqlqueue.worker import WorkerOptions
 
 log = logging.getLogger("sqlqueue.supervisor")
 LOOK_EVERY = 0.2  # seconds
 RESTART_AFTER = 1.0  # seconds between two starts of a child that keeps dying
-SWITCH_EVERY = 0.0001  # seconds: turns wait for the interpreter's lock behind tasks; 0.005 is usual
-STUCK = 75  # exit code of a child that is to be replaced
 SILENT_TTLS = 10  # a child that gives no sign for this many ttl is killed
-Load = Callable[[], Queue]
-
-
-class Signs(Structure):
-    """What a child tells its parent, in shared memory: it needs neither's cooperation."""
-
-    _fields_ = [
-        ("worker_id", c_int64), ("beat_at", c_double), ("wants_probe", c_bool),
-        ("held", c_int64), ("is_full", c_bool),
-    ]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -73,35 +58,135 @@ class Processes:
             raise ValueError(f"max_age and max_bytes must be more than 0, or None, got {self}")
 
 
+class _StandIn:
+    """Does in one database what worker processes cannot: has a thread and a connection for it.
+
+    dead    workers whose leases are to be handed back, and until when to try
+    silent  the signs of those to beat for
+    """
+
+    def __init__(self, served: Served, ttl: timedelta) -> None:
+        self.served = served
+        self.dead: dict[int, float] = {}
+        self.silent: dict[int, Signs] = {}
+        self.wakes = threading.Event()
+        self._queue = served.load()
+        self._store = self._queue.store
+        self._ttl = ttl
+        self._link = Link(self._queue.engine, self._store)
+        threading.Thread(target=self._work, name="sqlqueue stand-in", daemon=True).start()
+
+    def bury(self, worker: int) -> None:
+        """Have the leases of a worker that has died handed back; for a ttl, then others do it."""
+        self.dead[worker] = monotonic() + self._ttl.total_seconds()
+        self.wakes.set()
+
+    def beat_for(self, signs: Signs) -> None:
+        """Have a beat for a worker that is silent."""
+        self.silent[signs.worker_id] = signs
+        self.wakes.set()
+
+    @property
+    def is_needed(self) -> bool:
+        """Whether there are leases to hand back, and time to."""
+        return any(until > monotonic() for until in list(self.dead.values()))
+
+    def _work(self) -> None:
+        while True:
+            self.wakes.wait(LOOK_EVERY if self.dead else None)
+            self.wakes.clear()
+            for worker in list(self.dead):
+                self._rescue(worker)
+            for worker in list(self.silent):
+                self._beat(worker, self.silent.pop(worker))
+
+    def _rescue(self, worker: int) -> None:
+        """Hand back what a dead worker holds; again, while its last transaction still ends."""
+        try:
+            with self._transaction() as conn:
+                ended = self._store.rescue(conn, 10_000, worker)
+                left = self._store.leases(conn, worker, None)
+        except DatabaseError as error:
+            log.error("worker %d died; its jobs are rescued after its ttl: %s", worker, error)
+            ended, left = [], {}
+        if not left:
+            del self.dead[worker]
+        for one in ended:
+            log.warning("job %s: run %d crashed: %s", one.job_id, one.run, one.error)
+        if self._queue.after_run:
+            threading.Thread(target=tell, args=(self._queue.after_run, ended), daemon=True).start()
+
+    @contextmanager
+    def _transaction(self) -> Iterator[Executes]:
+        """Lend a connection; break it if there is no answer within two thirds of a ttl."""
+        alarm = threading.Timer(self._ttl.total_seconds() * 2 / 3, self._link.cut)
+        alarm.start()
+        try:
+            with self._link.begin(self._ttl) as conn:
+                yield conn
+        finally:
+            alarm.cancel()
+
+    def _beat(self, worker: int, signs: Signs) -> None:
+        try:
+            with self._transaction() as conn:
+                is_alive = self._store.beat(conn, worker)
+            if is_alive:
+                signs.is_full = True  # it takes no turns either; its next one says anew
+        except DatabaseError as error:
+            log.warning("no beat for worker %d: %s", worker, error)
+
+
 class _Child(NamedTuple):
     options: WorkerOptions
-    signs: Any
+    stand_ins: Sequence[_StandIn]
+    signs: Any  # an array: for each of these, those of its worker here
     process: Any
     started_at: float
     ends_at: float
+
+    @property
+    def is_probe(self) -> bool:
+        return self.options.suspects == "only"
+
+    @property
+    def is_full(self) -> bool:
+        return any(one.is_full for one in self.signs)
+
+    @property
+    def held(self) -> int:
+        return sum(one.held for one in self.signs)
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether one of its workers, at least, has registered."""
+        return any(one.worker_id for one in self.signs)
 
 
 class Supervisor:
     """Keeps worker processes of the queues, and a probe when one is wanted.
 
-    load  returns the Queue; called in each child, so it must be importable
+    load    returns the Queue; called in each child, so it must be importable
+    others  applications with databases of their own that the same processes serve
     """
 
     def __init__(
-        self, load: Load, names: Sequence[str], options: WorkerOptions, processes: Processes
+        self,
+        load: Load,
+        names: Sequence[str],
+        options: WorkerOptions,
+        processes: Processes,
+        others: Sequence[Served] = (),
     ) -> None:
         self._processes = processes
-        self._serve = partial(_serve, load, names)
         self._options = replace(options, suspects="never")
-        queue = self._queue = load()
-        self._store = queue.store
-        self._link = Link(queue.engine, queue.store)
+        served = [Served(load, names), *others]
+        self._stand_ins = [_StandIn(one, options.ttl) for one in served]
         self._children: list[_Child] = []
         self._starts = [0.0] * processes.least  # when to start another worker, monotonic
         self._most = processes.most or processes.least
         self._leaving: set[int] = set()  # processes told to stop, which go on without being counted
         self._had_room_at = self._had_need_at = monotonic()
-        self._dead: set[int] = set()  # workers whose leases are to be handed back
         self._signals = 0
 
     def run(self) -> int:
@@ -111,33 +196,31 @@ class Supervisor:
         """
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._pass_on)
-        while self._children or self._starts or self._dead:
+        while self._children or self._starts or any(one.is_needed for one in self._stand_ins):
             due = [at for at in self._starts if at <= monotonic() or self._signals]
             for at in due:
                 self._starts.remove(at)
-                self._start(self._options)
+                self._start(self._options, self._stand_ins)
             connection.wait([child.process.sentinel for child in self._children], LOOK_EVERY)
             for child in list(self._children):
                 if child.process.is_alive():
                     self._watch(child)
                 else:
                     self._bury(child)
-            for worker in list(self._dead):
-                self._rescue(worker)
             if not self._signals:
                 self._adapt(monotonic())
-        self._link.close()
         return 0
 
-    def _start(self, options: WorkerOptions) -> None:
+    def _start(self, options: WorkerOptions, stand_ins: Sequence[_StandIn]) -> None:
         if self._signals:
             return
         now, age = monotonic(), self._processes.max_age
         ends_at = now + age.total_seconds() * random.uniform(0.9, 1.1) if age else float("inf")
-        signs = RawValue(Signs, 0, now, False)
-        process = SPAWN.Process(target=self._serve, args=(options, signs), name="sqlqueue worker")
+        signs = RawArray(Signs, [(0, now)] * len(stand_ins))
+        served = [one.served for one in stand_ins]
+        process = SPAWN.Process(target=serve, args=(served, options, signs), name="sqlqueue worker")
         process.start()
-        self._children.append(_Child(options, signs, process, now, ends_at))
+        self._children.append(_Child(options, stand_ins, signs, process, now, ends_at))
         if self._signals:  # came while it started
             process.terminate()
 
@@ -150,17 +233,17 @@ class Supervisor:
     @property
     def _workers(self) -> list[_Child]:
         """The children that are to stay, without a probe."""
-        mine = [child for child in self._children if child.options.suspects != "only"]
+        mine = [child for child in self._children if not child.is_probe]
         return [child for child in mine if child.process.pid not in self._leaving]
 
     def _adapt(self, now: float) -> None:
         """Start another worker, or stop one, by the room that there is for jobs."""
         workers, slots = self._workers, self._options.slots
         count = len(workers) + len(self._starts)
-        if self._starts or not workers or not all(child.signs.is_full for child in workers):
+        if self._starts or not workers or not all(child.is_full for child in workers):
             self._had_room_at = now
-        held = sum(child.signs.held for child in workers)
-        starts = self._starts or not all(child.signs.worker_id for child in workers)
+        held = sum(child.held for child in workers)
+        starts = self._starts or not all(child.has_begun for child in workers)
         if starts or held > 0.8 * slots * (count - 1):
             self._had_need_at = now  # what starts is wanted
         full = now - self._had_room_at
@@ -171,7 +254,7 @@ class Supervisor:
         if spare > self._processes.shrink_after.total_seconds() and count > self._processes.least:
             log.info("there is room in %d worker processes: one less", count)
             # The youngest of those that have least to end: a job that outlasts grace starts anew.
-            self._retire(min(reversed(workers), key=lambda child: child.signs.held))
+            self._retire(min(reversed(workers), key=lambda child: child.held))
             self._had_need_at = now
 
     def _retire(self, child: _Child) -> None:
@@ -185,54 +268,34 @@ class Supervisor:
         self._leaving.discard(child.process.pid)
         if child.process.exitcode == 0:
             # One that has stopped by itself, drained or after so many jobs, is not replaced.
-            self._most -= not was_leaving and child.options.suspects != "only"
+            self._most -= not was_leaving and not child.is_probe
             return
         log.error("a worker process ended with exit code %s", child.process.exitcode)
-        if child.signs.worker_id:
-            self._dead.add(child.signs.worker_id)
-        if child.options.suspects != "only" and not was_leaving:
+        for stand_in, signs in zip(child.stand_ins, child.signs, strict=True):
+            if signs.worker_id:
+                stand_in.bury(signs.worker_id)
+        if not child.is_probe and not was_leaving:
             self._starts.append(child.started_at + RESTART_AFTER)
 
-    def _rescue(self, worker: int) -> None:
-        """Hand back what a dead worker holds; again, while its last transaction still ends."""
-        try:
-            with self._transaction() as conn:
-                ended = self._store.rescue(conn, 10_000, worker)
-                left = self._store.leases(conn, worker, None)
-        except DatabaseError as error:
-            log.error("worker %d died; its jobs are rescued after its ttl: %s", worker, error)
-            ended, left = [], {}
-        if not left:
-            self._dead.discard(worker)
-        for one in ended:
-            log.warning("job %s: run %d crashed: %s", one.job_id, one.run, one.error)
-        if self._queue.after_run:
-            threading.Thread(target=tell, args=(self._queue.after_run, ended), daemon=True).start()
-
-    @contextmanager
-    def _transaction(self) -> Iterator[Executes]:
-        """Lend a connection; break it if there is no answer within two thirds of a ttl."""
-        alarm = threading.Timer(self._options.ttl.total_seconds() * 2 / 3, self._link.cut)
-        alarm.start()
-        try:
-            with self._link.begin(self._options.ttl) as conn:
-                yield conn
-        finally:
-            alarm.cancel()
-
     def _watch(self, child: _Child) -> None:
-        ttl = self._options.ttl.total_seconds()
-        silent = monotonic() - child.signs.beat_at
-        if silent > SILENT_TTLS * ttl:
-            log.critical("worker %d gives no sign: killed", child.signs.worker_id)
+        ttl, now = self._options.ttl.total_seconds(), monotonic()
+        if now - max(one.beat_at for one in child.signs) > SILENT_TTLS * ttl:
+            ids = ", ".join(str(one.worker_id) for one in child.signs)
+            log.critical("worker %s gives no sign: killed", ids)
             child.process.kill()
-        elif silent > ttl / 3 and child.signs.worker_id:
-            self._beat_for(child)
-        self._renew(child, monotonic())
-        if child.signs.wants_probe:
-            child.signs.wants_probe = False
-            if all(other.options.suspects != "only" for other in self._children):
-                self._start(replace(self._options, slots=1, suspects="only", drain=True))
+        for stand_in, signs in zip(child.stand_ins, child.signs, strict=True):
+            if signs.worker_id and now - signs.beat_at > ttl / 3:
+                stand_in.beat_for(signs)
+            if signs.wants_probe:
+                signs.wants_probe = False
+                self._probe(stand_in)
+        self._renew(child, now)
+
+    def _probe(self, stand_in: _StandIn) -> None:
+        """Start a process for the suspects of a database, if there is none."""
+        if not any(one.is_probe and stand_in in one.stand_ins for one in self._children):
+            options = replace(self._options, slots=1, suspects="only", drain=True)
+            self._start(options, [stand_in])
 
     def _renew(self, child: _Child, now: float) -> None:
         """Replace a worker process that is old or large."""
@@ -241,29 +304,8 @@ class Supervisor:
             return
         limit, size = self._processes.max_bytes, resident_bytes(child.process.pid)
         is_large = limit is not None and size > limit
-        if child.signs.worker_id and (is_large or now > child.ends_at):
-            what = (child.signs.worker_id, age, size >> 20)
-            log.info("worker %d, %.0f s old, with %d MiB: replaced", *what)
+        if child.has_begun and (is_large or now > child.ends_at):
+            ids = ", ".join(str(one.worker_id) for one in child.signs)
+            log.info("worker %s, %.0f s old, with %d MiB: replaced", ids, age, size >> 20)
             self._retire(child)
             self._starts.append(now)
-
-    def _beat_for(self, child: _Child) -> None:
-        try:
-            with self._transaction() as conn:
-                is_alive = self._store.beat(conn, child.signs.worker_id)
-            if is_alive:
-                child.signs.is_full = True  # it takes no turns either; its next one says anew
-        except DatabaseError as error:
-            log.warning("no beat for worker %d: %s", child.signs.worker_id, error)
-
-
-def _serve(load: Load, names: Sequence[str], options: WorkerOptions, signs: Any) -> None:
-    """Be a child: work until told to stop."""
-    die_with_parent()
-    sys.setswitchinterval(SWITCH_EVERY)
-    worker = Worker(load(), names, options, signs)
-    signal.signal(signal.SIGTERM, lambda *_: worker.stop())
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent passes it on
-    worker.run()
-    if worker.runs.is_stuck:
-        os._exit(STUCK)  # threads that do not end would keep this process

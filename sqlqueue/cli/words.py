@@ -141,11 +141,19 @@ def keep(ctx: click.Context, param: click.Parameter, value: Any) -> None:
         control.given[param.name] = Choice(value, variable if is_variable else f"--{param.name}")
 
 
+def keep_all(ctx: click.Context, param: click.Parameter, value: Any) -> None:
+    """Take note of a setting that may be repeated: of the first as `keep` does."""
+    keep(ctx, param, value and value[0])
+    ctx.ensure_object(Control).others = value[1:]
+
+
 CONTEXT = {"auto_envvar_prefix": "SQLQUEUE", "show_default": True}
 count = click.IntRange(1)
 option = click.option
 setting = partial(option, expose_value=False, callback=keep)
-app_option = setting("-A", "--app", metavar="MODULE:ATTR", help="Application: where its Queue is.")
+app = partial(option, "-A", "--app", metavar="MODULE:ATTR", expose_value=False)
+app_option = app(callback=keep, help="Application: where its Queue is.")
+apps_option = app(callback=keep_all, multiple=True, help="Application; may be repeated.")
 json_option = setting("--json", is_flag=True, help="Write one JSON document.")
 yes_option = option("--yes", is_flag=True, help="Do not ask.")
 dry_run_option = option("--dry-run", is_flag=True, help="Say what would happen; change nothing.")
