@@ -242,7 +242,10 @@ def test_r31_no_turn_waits_for_a_key_that_a_stranger_holds(queue, engine) -> Non
         with queue.worker(**POLLING):
             first.wait(SOON)
             greet.using(unique=None).enqueue("a").wait(SOON)
-        waited = "select count(*) from pg_stat_activity where wait_event_type = 'Lock'"
+        waited = (
+            "select count(*) from pg_stat_activity"
+            " where datname = current_database() and wait_event_type = 'Lock'"
+        )
         assert value(engine, waited) == 0
         with pytest.raises(UniqueKeyBusy):
             greet.enqueue("a")
