@@ -1,6 +1,6 @@
 """A durable task queue in the application's own Postgres."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 from sqlqueue.errors import BadArguments as BadArguments
 from sqlqueue.errors import Cancel as Cancel
