@@ -189,6 +189,13 @@ def hold_interpreter(seconds: int, key: str = "holds the interpreter") -> int:
     return current_run().number
 
 
+@queue.task(name="hold_until")
+def hold_until(released: str) -> None:
+    """Hold the interpreter's lock, and say so by the file `released`.held, until `released` is."""
+    waiting = f"touch {released}.held; until [ -e {released} ]; do sleep 0.05; done"
+    ctypes.PyDLL(None).system(waiting.encode())
+
+
 @queue.task(name="process_id", executor="process")
 def process_id() -> int:
     """Return the id of the child process."""

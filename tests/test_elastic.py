@@ -143,15 +143,20 @@ def test_a_large_process_is_replaced_and_no_job_is_lost_or_run_twice(
     assert ran_once_each(engine, 20)
 
 
-def test_a_process_that_holds_the_interpreter_has_no_room(app, engine, migrated_url) -> None:
+def test_a_process_that_holds_the_interpreter_has_no_room(
+    app, engine, migrated_url, tmp_path
+) -> None:
+    released = tmp_path / "released"
     with tree(migrated_url, {"least": 1, "most": 2} | QUICK, slots=4):
         wait_until(lambda: len(alive(engine)) == 1)
-        holding = app.hold_interpreter.enqueue(8)
-        wait_until(lambda: holding.refresh().state == "running")
+        holding = app.hold_until.enqueue(str(released))
+        wait_until(released.with_name("released.held").exists)
         app.linger.enqueue("beside", 0)
-        wait_until(lambda: effects(engine, "beside") == [1])
+        wait_until(lambda: effects(engine, "beside") == [1], within=30)
 
         assert holding.refresh().state == "running"
+        released.touch()
+        wait_until(lambda: has_ended(engine))
 
 
 def test_of_two_processes_the_one_with_less_to_do_is_stopped(app, engine, migrated_url) -> None:
