@@ -189,8 +189,10 @@ def test_quick_jobs_do_not_make_a_worker_claim_slow_transactional_ones_far_ahead
     with queue.worker("default", slots=2, drain=True) as worker:
         worker.stopped.wait(20)
 
-    ended = rows(engine, "select outcome, count(*) from sqlqueue.runs group by outcome")
-    assert ended == [("succeeded", 47)]
+    ended = dict(rows(engine, "select outcome, count(*) from sqlqueue.runs group by outcome"))
+    assert ended.pop("succeeded") == 47
+    assert ended.pop("returned", 0) <= 3  # the one ahead, where the machine stands still
+    assert not ended
 
 
 def test_jobs_handed_back_below_the_floor_are_run_as_fast_as_others(
