@@ -27,19 +27,19 @@ class Floor:
     marked: int = 0
     marked_at: float = 0
 
-    def see(self, rows: Sequence[Any], now: float) -> None:
-        """Take note of claimed rows, in order of seq; there may be none.
+    def see(self, rows: Sequence[Any], began: float) -> None:
+        """Take note of the rows of a claim that began then, in order of seq; there may be none.
 
-        The floor follows what was seen at least TRAIL ago. Where a sweep found rows below it,
-        there may be more, such as the jobs of a worker that died: it begins again there.
+        The floor follows what was seen at least TRAIL before this claim. Where a sweep found rows
+        below it, there may be more, such as the jobs of a worker that died: it begins again there.
         """
         if rows and rows[0].seq <= self.value:
             self.value = self.marked = rows[0].seq - 1
-            self.seen, self.marked_at = rows[-1].seq, now
+            self.seen, self.marked_at = rows[-1].seq, monotonic()
         elif rows:
             self.seen = max(self.seen, rows[-1].seq)
-        if now - self.marked_at >= TRAIL:
-            self.value, self.marked, self.marked_at = self.marked, self.seen, now
+        if began - self.marked_at >= TRAIL:
+            self.value, self.marked, self.marked_at = self.marked, self.seen, monotonic()
 
 
 @dataclass

@@ -8,13 +8,14 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from uuid import UUID
 
 import pytest
 from sqlalchemy import Connection, Engine, create_engine, text
 
 from sqlqueue import Options, Queue
-from sqlqueue.lanes import TRAIL
+from sqlqueue.lanes import TRAIL, Floor
 from sqlqueue.literal import new_id
 from sqlqueue.store import Executes, Lane, Store
 from sqlqueue.upkeep import WINDOW
@@ -289,6 +290,19 @@ def test_r34_a_job_committed_late_is_found_while_its_lane_is_busy(plain_queue) -
 
     print(f"started {', '.join(f'{one:.2f}' for one in took)} s after their commit")
     assert max(took) < 2
+
+
+def test_r34_a_slow_claim_hides_no_job() -> None:
+    """What it saw is as old as its end: who enqueued beside it may commit a TRAIL later."""
+    floor, row = Floor(), SimpleNamespace(seq=100)
+    began = time.monotonic()
+    wait(2 * TRAIL)
+    floor.see([row], began)
+    floor.see([], time.monotonic())
+    assert floor.value == 0
+    wait(TRAIL)
+    floor.see([], time.monotonic())
+    assert floor.value == 100
 
 
 def test_r34_jobs_of_short_transactions_need_no_sweep(plain_queue) -> None:
