@@ -36,6 +36,13 @@ def copy_checkout(to: Path) -> None:
             shutil.copy(source, to / name)
 
 
+def test_every_mutant_fits_the_code(tmp_path) -> None:
+    for name in NAMES:
+        for folder in ("sqlqueue", "migrations"):
+            shutil.copytree(ROOT / folder, tmp_path / name / folder)
+        load(name).apply(tmp_path / name)
+
+
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(
     "name",

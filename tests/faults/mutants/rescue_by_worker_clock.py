@@ -7,7 +7,7 @@ from tests.faults.mutants import replace
 BAR = "r13"
 TESTS = "tests/faults/test_pauses.py"
 TIER = "nightly"
-FIRST = "        orphans = []\n"
+FIRST = "        ended = []\n        for row in self.orphans("
 BY_OWN_CLOCK = """        import time
 
         conn.exec_driver_sql(
