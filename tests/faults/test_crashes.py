@@ -109,12 +109,13 @@ def test_r02_jobs_of_a_dead_worker_are_ready_in_time(app, engine, migrated_url, 
 
     sql = (
         "select extract(epoch from max(at) - min(at) filter (where key = 'killed'))"
-        " from effect where run is null or run > 1"  # one in between may be handed back unstarted
+        " from effect where run is null or run > 1"  # one may be handed back unstarted
     )
     took = float(value(engine, sql))
     print(f"all {len(keys)} ran again after {took:.2f} s, with a ttl of {clocks['ttl']}")
     assert took <= within
-    assert all(effects(engine, key)[0] == 1 < effects(engine, key)[1] for key in keys)
+    runs = [effects(engine, key) for key in keys]
+    assert all(len(one) == 2 and one[0] < one[1] for one in runs), runs
 
 
 # One process dies
