@@ -117,6 +117,15 @@ def test_r30_a_concurrency_limit_is_never_exceeded(queue, engine, migrated_url, 
     assert value(engine, "select count(*) from effect") == sent
 
 
+def stalls(seconds: float) -> float:
+    """Wait; return the longest time that a thread of this process was held up for."""
+    pause, late, until = threading.Event(), 0.0, monotonic() + seconds
+    while (began := monotonic()) < until:
+        pause.wait(0.02)
+        late = max(late, monotonic() - began - 0.02)
+    return late
+
+
 @pytest.mark.parametrize(
     "seconds",
     [pytest.param(8, id="short"), pytest.param(30, id="long", marks=pytest.mark.nightly)],
@@ -134,7 +143,7 @@ def test_a_rate_is_kept_exactly_by_all_workers_together(queue, engine, seconds):
             stack.enter_context(queue.worker("few", slots=5, **POLLING))
         wait_until(lambda: value(engine, "select count(*) from sqlqueue.run"))
         cpu = process_time()
-        threading.Event().wait(seconds)
+        late = stalls(seconds)
         cpu = (process_time() - cpu) / seconds / 4
 
     starts = [
@@ -149,7 +158,8 @@ def test_a_rate_is_kept_exactly_by_all_workers_together(queue, engine, seconds):
     fullest = max(sum(at <= other < at + 1 for other in starts[n:]) for n, at in enumerate(starts))
     print(f"{count} in {seconds} s, at most {fullest} in 1 s, {cpu:.1%} of a core for each worker")
     assert abs(count - rate * seconds) <= burst
-    assert fullest <= rate + burst
+    assert all(n <= burst + rate * (at + late) + 1 for n, at in enumerate(starts))
+    assert fullest <= rate * (1 + late) + burst  # who was held up claims together with the next
     assert cpu < 0.05 * 2  # the threads of four workers share one interpreter here
 
 
