@@ -10,9 +10,7 @@ import os
 import re
 import signal
 import sysconfig
-import threading
 import time
-import webbrowser
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -35,7 +33,7 @@ from sqlqueue.cli.supervisor import Processes, Supervisor
 from sqlqueue.embedded import Server
 from sqlqueue.integrations.alembic import migrate
 from sqlqueue.process import SPAWN, die_with_parent
-from sqlqueue.reports.control import autocommit
+from sqlqueue.reports import autocommit
 
 # The application: a library that counts the words of its documents.
 
@@ -117,13 +115,11 @@ PATIENCE = 60.0  # seconds in which no job ends, after which the demo gives up
 BROKEN = {"latin-1.txt": "déjà vu\n".encode("latin-1"), "koi8-r.txt": "привет\n".encode("koi8-r")}
 
 
-def demo(folder: Path | None, port: int = 8787, *, browses: bool = True) -> int:
+def demo(folder: Path | None) -> int:
     """Run the demo on the text files of `folder`, or on Python's own; return the exit code.
 
-    On a terminal the dashboard is served at `port`, or any that is free, until Ctrl-C.
-
-    0 if all checks hold, 1 if one does not, 130 after Ctrl-C before the report. Raises ValueError
-    if there are no text files, EmbeddedUnavailable if there is no Postgres.
+    0 if all checks hold, 1 if one does not, 130 after Ctrl-C. Raises ValueError if there are no
+    text files, EmbeddedUnavailable if there is no Postgres.
     """
 
     def interrupt(*_: object) -> None:
@@ -132,22 +128,19 @@ def demo(folder: Path | None, port: int = 8787, *, browses: bool = True) -> int:
 
     console = Console(highlight=False)
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # until there is somebody to clean up
-    scratch, code = TemporaryDirectory(prefix="sqlqueue-demo-"), None
+    scratch = TemporaryDirectory(prefix="sqlqueue-demo-")
     try:
         with scratch as place:
             signal.signal(signal.SIGINT, interrupt)
             console.print("Starting a Postgres of our own: a throwaway folder, fsync on")
-            log = Path(place) / "log"
-            with _perform(console, _documents(folder, Path(place)), log, port, browses) as holds:
-                code = 0 if holds else 1
-                if console.is_terminal:
-                    _go_on(console)
+            holds = _perform(console, _documents(folder, Path(place)), Path(place) / "log")
+            code = 0 if holds else 1
     except KeyboardInterrupt:
-        code = 130 if code is None else code
+        code = 130
     finally:
         signal.signal(signal.SIGINT, before)
     console.print("The server, the workers and their folder are gone.")
-    return 130 if code is None else code
+    return code
 
 
 def _documents(folder: Path | None, spare: Path) -> dict[str, Path]:
@@ -171,21 +164,14 @@ def _documents(folder: Path | None, spare: Path) -> dict[str, Path]:
     return found
 
 
-@contextmanager
-def _perform(
-    console: Console, documents: Mapping[str, Path], log: Path, port: int, browses: bool
-) -> Iterator[bool]:
-    """Do it all; say whether all checks hold, while the workers and the dashboard are there."""
+def _perform(console: Console, documents: Mapping[str, Path], log: Path) -> bool:
+    """Do it all; return whether all checks hold."""
     with Server() as server:
         migrate(load(server.url).engine)
         with queue.engine.begin() as conn:
             conn.execute(text(LIBRARY))
         console.print(f"Postgres {server.version} runs; starting two worker processes")
-        with (
-            _tree(server.url, log) as tree,
-            _dashboard(console, port, browses),
-            autocommit(queue.engine) as conn,
-        ):
+        with _tree(server.url, log) as tree, autocommit(queue.engine) as conn:
             bar = Progress(BarColumn(20), "{task.description}", console=console)
             bar.disable = not console.is_terminal
             with bar:
@@ -194,46 +180,9 @@ def _perform(
                 while show.goes_on() and tree.is_alive():
                     time.sleep(0.02)
             holds = _report(console, conn, documents)
-            if not holds:
-                console.print(*log.read_text().splitlines()[-20:], sep="\n", markup=False)
-            yield holds
-
-
-@contextmanager
-def _dashboard(console: Console, port: int, browses: bool) -> Iterator[None]:
-    """Serve the dashboard, if somebody is at a terminal to look at it."""
-    try:
-        from sqlqueue.dashboard.serve import Server, application, bound
-    except ImportError:
-        console.print('For the dashboard: pip install "sqlqueue[dashboard]"', markup=False)
-    else:
-        if console.is_terminal:
-            given = {"auth": None, "insecure": False, "read_only": False, "role": "operate"}
-            app = application(queue, host="127.0.0.1", **given)
-            try:
-                sock = bound("127.0.0.1", port)
-            except OSError:
-                sock = bound("127.0.0.1", 0)  # somebody is there: any will do
-            server = Server(app, app.hub)
-            thread = threading.Thread(target=server.run, args=([sock],), daemon=True)
-            thread.start()
-            place = f"http://127.0.0.1:{sock.getsockname()[1]}/"
-            console.print(f"[bold]The dashboard is at {place}[/]")
-            if browses and os.environ.get("DISPLAY"):
-                webbrowser.open(place)
-            yield
-            server.should_exit = True
-            thread.join(5)
-            return
-    yield
-
-
-def _go_on(console: Console) -> None:
-    """Keep the charts moving until Ctrl-C."""
-    console.print("\nThe dashboard goes on; Ctrl-C ends it")
-    while True:
-        queue.enqueue_many(ask.s() for _ in range(5))
-        time.sleep(1)
+    if not holds:
+        console.print(*log.read_text().splitlines()[-20:], sep="\n", markup=False)
+    return holds
 
 
 @contextmanager

@@ -54,14 +54,12 @@ class Heartbeat:
         worker, store = self._worker, self._worker.queue.store
         number, began = worker.id, monotonic()
         with self.link.begin(worker.options.ttl) as conn:
-            told = store.beat(conn, number)
-        if not told:
+            is_alive = store.beat(conn, number)
+        if not is_alive:
             if number == worker.id and not worker.stopped.is_set():
                 worker.fence("was declared dead")
             return self._ttl / 6
         self._beat_at = began
-        for _ in range({"drain": 1, "stop": 2}.get(told, 0)):
-            worker.stop()  # as a signal does, or two
         if worker.signs:
             worker.signs.worker_id, worker.signs.beat_at = number, began
         known = set(worker.runs.held.copy())

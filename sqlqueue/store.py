@@ -110,7 +110,7 @@ class Store:
     orphans     batch, worker seen to end or None -> leases of dead workers, locked
     register    ttl, pid, slots, host, name, version, queues, tasks -> its id, never used again
     unregister  worker: it has stopped
-    beat        worker -> drain or stop if it was told to, else -; None if it is dead
+    beat        worker -> False if it is dead and must register anew
     leases      worker, within -> {(job id, run): whether it is to be cancelled}: what it claimed
                 within that time of now (None: ever), and all that is to be cancelled
     lanes       queue, known priorities, is_suspect -> lanes not known, one in each gap
@@ -131,7 +131,6 @@ class Store:
     take_keys   keys, ids, on_conflict, until_started, period, delay, longest -> the job that holds
                 each key; None if somebody else's transaction is taking one
     log         lines as JSON: keeps what runs said
-    count_runs  counts as JSON, see Flow: adds them to what charts show
     tidy        -> a line for each partition dropped
     """
 
@@ -144,7 +143,7 @@ class Store:
         _first, "ttl", "pid", "slots", "host", "name", "version", "queues", "tasks"
     )
     unregister = Statement(list, "worker")
-    beat = Statement(_first, "worker")
+    beat = Statement(bool, "worker")
     leases = Statement(
         lambda rows: {(row.job_id, row.run): row.is_cancelled for row in rows}, "worker", "within"
     )
@@ -168,7 +167,6 @@ class Store:
         _first, "keys", "ids", "on_conflict", "until_started", "period", "delay", "longest"
     )
     log = Statement(list, "lines")
-    count_runs = Statement(list, "counts")
     set_policy = Statement(list, "scope", "name", "rules")
     tidy = Statement(lambda rows: [row[0] for row in rows])
 

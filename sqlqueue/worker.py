@@ -20,7 +20,6 @@ import psycopg
 
 import sqlqueue
 from sqlqueue.bell import Bell
-from sqlqueue.flow import Flow
 from sqlqueue.heartbeat import Heartbeat
 from sqlqueue.lanes import Lanes, Sweeps
 from sqlqueue.link import DatabaseError, Link
@@ -109,7 +108,6 @@ class Worker:
         self.id = 0
         self.link = Link(queue.engine, queue.store)
         self.runs = Runs(self)
-        self.flow = Flow()
         self.slots, self.ahead = options.slots, AHEAD
         self.progress = monotonic()
         self.taken = 0
@@ -328,7 +326,6 @@ class Worker:
                     self.upkeep.wakes.set()
                 if says_all or one.outcome != "succeeded":
                     self._report(one)
-        self.flow.add(one for one in ended if one[1] is None or one[0].key[0] in finished)
         self.runs.tell(one for _, one in ended if one and one.job_id in finished)
         if rans:
             mean = sum(rans) / len(rans)
@@ -481,12 +478,10 @@ class Worker:
             with (
                 suppress(*DatabaseError),
                 self.runs.said.taken() as lines,
-                self.flow.taken() as counts,
                 self.link.begin(self.options.ttl) as conn,
             ):
                 if lines:
                     self.queue.store.log(conn, lines)
-                self.queue.store.count_runs(conn, counts)
                 self.queue.store.disarm(conn, self.lanes.names, self.id)
                 self.queue.store.unregister(conn, self.id)
                 # Others look for what was handed back; our own listener wakes to end.

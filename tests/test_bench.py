@@ -16,13 +16,15 @@ from sqlqueue.bench.measures import QUICK
 
 pytestmark = pytest.mark.alone
 
-TINY = replace(QUICK, pairs=1, seconds=0.05, bulk=2000, drained=1500, in_processes=30, samples=5)
+TINY = replace(
+    QUICK, pairs=1, seconds=0.05, bulk=2000, drained=1500, in_processes=30, samples=5, pinned=320
+)
 UNITS = {
     "enqueue_1": "jobs/s", "driver_1": "jobs/s",
     "enqueue_16": "jobs/s", "driver_16": "jobs/s", "bulk": "jobs/s", "drain_async": "jobs/s",
     "drain_thread": "jobs/s", "drain_process": "jobs/s", "drain_async_2": "jobs/s",
-    "pickup_p50": "ms", "pickup_p99": "ms", "cpu_per_job": "us",
-    "wal_per_job": "bytes",
+    "pickup_p50": "ms", "pickup_p99": "ms", "steady_p99": "ms", "cpu_per_job": "us",
+    "wal_per_job": "bytes", "pinned_claim": "ms",
 }  # fmt: skip
 
 

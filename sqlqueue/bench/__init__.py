@@ -27,6 +27,8 @@ MEASURES: dict[str, Measure] = {
     "bulk": measures.bulk,
     "drain": measures.drain,
     "pickup": measures.pickup,
+    "steady": measures.steady,
+    "pinned": measures.pinned,
 }
 LONG: dict[str, Measure] = {
     "unheard": measures.unheard,

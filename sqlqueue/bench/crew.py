@@ -5,15 +5,18 @@ that come through a pipe. What is bare uses psycopg and the SQL of the product, 
 """
 
 import json
+import os
+import random
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import partial
+from itertools import count, islice
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import psycopg
 from sqlalchemy import make_url
@@ -24,10 +27,12 @@ from sqlqueue.literal import new_id
 from sqlqueue.options import Options
 from sqlqueue.process import die_with_parent
 from sqlqueue.queue import Queue
-from sqlqueue.store import statement
+from sqlqueue.store import Store, statement
 
 Pipe: TypeAlias = "Connection[Any, Any]"
 BATCH = 500  # jobs that a bare loop claims and finishes at a time
+SLOW_BATCH = 5  # jobs in each transaction of a slow client
+HELD_OPEN = 0.02  # seconds that it takes at most to commit
 CONTEXT = get_context("forkserver")  # as clean as spawn; what it preloads, no child imports again
 
 PLAIN = "create table plain (like sqlqueue.job including all)"
@@ -57,10 +62,12 @@ class Report(NamedTuple):
 
     cpu     seconds of processor time, of all threads
     stamps  what tasks noted, by the number of the job
+    claims  (when, seconds) of each claim, if they were timed
     """
 
     cpu: float
     stamps: dict[int, float]
+    claims: list[tuple[float, float]]
 
 
 class Crew:
@@ -119,6 +126,8 @@ def worker(pipe: Pipe, url: str, name: str, options: dict[str, Any]) -> None:
     die_with_parent()
     sys.setswitchinterval(SWITCH_EVERY)
     queue = tasks.at(url)
+    timed = Timed(queue.store)
+    queue.store = cast(Store, timed)
     ours = queue.worker(name, **options)
     pipe.send("ready")
     pipe.recv()
@@ -128,7 +137,25 @@ def worker(pipe: Pipe, url: str, name: str, options: dict[str, Any]) -> None:
     pipe.recv()
     ours.stop()
     ours.join()
-    pipe.send(Report(time.process_time() - cpu, dict(tasks.stamps)))
+    pipe.send(Report(time.process_time() - cpu, dict(tasks.stamps), timed.claims))
+
+
+class Timed:
+    """A Store that notes how long each claim takes."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self.claims: list[tuple[float, float]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._store, name)
+
+    def claim(self, *args: Any) -> Any:
+        """Claim, and note for how long."""
+        began = time.perf_counter()
+        rows = self._store.claim(*args)
+        self.claims.append((time.time(), time.perf_counter() - began))
+        return rows
 
 
 class Bare:
@@ -188,7 +215,7 @@ def bare_loop(pipe: Pipe, url: str, name: str, *_: Any) -> None:
     while rows:
         rows = bare.turn(rows)
     pipe.recv()
-    pipe.send(Report(time.process_time() - cpu, {}))
+    pipe.send(Report(time.process_time() - cpu, {}, []))
 
 
 def bare_listener(pipe: Pipe, url: str, name: str) -> None:
@@ -211,7 +238,7 @@ def bare_listener(pipe: Pipe, url: str, name: str) -> None:
             if not heard or heard[0].payload.endswith(f" {name}"):
                 rows = bare.turn(())
     pipe.recv()
-    pipe.send(Report(0.0, stamps))
+    pipe.send(Report(0.0, stamps, []))
 
 
 def client(pipe: Pipe, url: str, name: str) -> None:
@@ -220,6 +247,7 @@ def client(pipe: Pipe, url: str, name: str) -> None:
     ours    enqueues one by one for some seconds; answers how many in a second
     plain   the same with plain rows of the same size, in transactions of SQLAlchemy
     driver  the same by bare psycopg
+    slow   commits a number of transactions slowly; answers when each job was committed
     """
     die_with_parent()
     queue = tasks.at(url)
@@ -227,6 +255,7 @@ def client(pipe: Pipe, url: str, name: str) -> None:
         "ours": partial(_rate, partial(tasks.on_loop.using(queue=name).enqueue, 1)),
         "plain": partial(_rate, _commits(queue, name)),
         "driver": partial(_rate, _inserts(url, name)),
+        "slow": partial(_enqueue_slowly, queue, name, count(os.getpid() * 10_000_000)),
     }
     pipe.send("ready")
     with suppress(EOFError):
@@ -263,3 +292,18 @@ def _commits(queue: Queue, name: str) -> Callable[[], object]:
             conn.exec_driver_sql(PLAIN_INSERT, {**row, "id": new_id()})
 
     return one
+
+
+def _enqueue_slowly(
+    queue: Queue, name: str, numbers: Iterator[int], transactions: int
+) -> dict[int, float]:
+    """Enqueue a few jobs in each transaction, held open for a while; return when it committed."""
+    task = tasks.stamp.using(queue=name)
+    sent: dict[int, float] = {}
+    for _ in range(transactions):
+        some = list(islice(numbers, SLOW_BATCH))
+        with queue.engine.begin() as conn:
+            queue.using(conn).enqueue_many(task.s(n) for n in some)
+            time.sleep(random.uniform(0, HELD_OPEN))
+        sent |= dict.fromkeys(some, time.time())
+    return sent

@@ -15,6 +15,7 @@ from sqlalchemy import make_url
 from sqlqueue.bench import tasks
 from sqlqueue.bench.crew import (
     BULK_INSERT,
+    SLOW_BATCH,
     Crew,
     bare_listener,
     bare_loop,
@@ -32,6 +33,7 @@ CLIENTS = 16
 BULK_BATCH = 1000  # rows in a statement, as enqueue_many has them
 WARM_UP = 20  # samples that are not counted, while the worker begins to listen
 PICKUP_EVERY = 0.05  # seconds
+STEADY_EVERY = 0.002
 UNHEARD, UNHEARD_EVERY = 20, 1.37  # samples, and seconds: out of step with the polling
 BACKLOG = 40_000  # jobs that keep workers busy
 PATIENCE = 300.0  # seconds that a measure waits for its last job
@@ -59,7 +61,7 @@ class Scale:
 
     pairs      of ours and bare, an odd number
     seconds    of each enqueue measure
-    bulk, drained, in_processes, million  jobs
+    bulk, drained, in_processes, pinned, million  jobs
     samples    of latency, on each side
     """
 
@@ -69,11 +71,17 @@ class Scale:
     drained: int
     in_processes: int
     samples: int
+    pinned: int
     million: int = 1_000_000
 
 
-QUICK = Scale(pairs=3, seconds=0.4, bulk=20_000, drained=15_000, in_processes=2000, samples=80)
-FULL = Scale(pairs=7, seconds=2, bulk=100_000, drained=60_000, in_processes=10_000, samples=600)
+QUICK = Scale(
+    pairs=3, seconds=0.4, bulk=20_000, drained=15_000, in_processes=2000, samples=80, pinned=4000
+)
+FULL = Scale(
+    pairs=7, seconds=2, bulk=100_000, drained=60_000, in_processes=10_000, samples=600,
+    pinned=200_000,
+)  # fmt: skip
 
 
 def enqueue(url: str, scale: Scale) -> Iterator[Figure]:
@@ -203,6 +211,16 @@ def pickup(url: str, scale: Scale) -> Iterator[Figure]:
         yield Figure(name=f"pickup_p{percent}", unit="ms", pairs=pairs, note=note)
 
 
+def steady(url: str, scale: Scale) -> Iterator[Figure]:
+    """Enqueue jobs at a steady rate; time from commit to start."""
+    each = 5 * scale.samples
+    turns = ["steady"] * each + ["steady-bare"] * each
+    late = _latency(url, ["steady"] * WARM_UP + turns * scale.pairs, STEADY_EVERY)[WARM_UP:]
+    p99 = [percentile(late[start : start + each], 99) for start in range(0, len(late), each)]
+    pairs = list(zip(p99[::2], p99[1::2], strict=True))
+    yield Figure(name="steady_p99", unit="ms", pairs=pairs, note=f"at {1 / STEADY_EVERY:.0f}/s")
+
+
 def unheard(url: str, scale: Scale) -> Iterator[Figure]:
     """Do what `pickup` does with LISTEN off: the longest wait, beside the poll interval."""
     late = _latency(url, ["unheard"] * UNHEARD, UNHEARD_EVERY, listen=False)
@@ -244,6 +262,35 @@ def _await_end(url: str, names: list[str]) -> None:
             if time.monotonic() > deadline:
                 raise RuntimeError(f"jobs of {names} did not end within {PATIENCE:.0f} s")
             time.sleep(0.05)
+
+
+def pinned(url: str, scale: Scale) -> Iterator[Figure]:
+    """Time claims while a snapshot is held open and many jobs are done; the ceiling is before."""
+    many = scale.pinned // (CLIENTS * SLOW_BATCH)
+    few = max(many // 10, 20)
+    with (
+        running(worker, url, "pinned", {}) as crew,
+        running(client, url, "pinned", copies=CLIENTS) as clients,
+        connect(url) as holder,
+    ):
+        crew.ask("begin")
+        clients.ask(("slow", few))  # while caches warm up
+        began = time.time()
+        clients.ask(("slow", few))
+        clean_until = time.time()
+        holder.execute("begin isolation level repeatable read")
+        holder.execute("select from sqlqueue.job limit 1")
+        sent = clients.ask(("slow", many))
+        pinned_from = time.time()
+        sent += clients.ask(("slow", few))
+        _await_end(url, ["pinned"])
+        report = crew.ask("stop")[0]
+    clean = [1000 * took for at, took in report.claims if began <= at < clean_until]
+    held = [1000 * took for at, took in report.claims if at >= pinned_from]
+    late = max(report.stamps[n] - at for part in sent for n, at in part.items())
+    pairs = [(percentile(held, 50), percentile(clean, 50))]
+    note = f"after {scale.pinned:,} jobs; none started later than {late:.3f} s after its commit"
+    yield Figure(name="pinned_claim", unit="ms", pairs=pairs, note=note)
 
 
 def ring(url: str, scale: Scale) -> Iterator[Figure]:

@@ -5,12 +5,13 @@ stdout, the rest on stderr. What can be expected to fail ends in one message and
 """
 
 import asyncio
+import json
 import math
 import os
 import shlex
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -22,21 +23,22 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
 from sqlqueue import __version__
-from sqlqueue.cli.control import failures, queues, schedules, tasks, workers
+from sqlqueue.cli.control import queues, schedules
 from sqlqueue.cli.crew import Served
 from sqlqueue.cli.jobs import jobs
-from sqlqueue.cli.setup import completion, dashboard, init, prune, report, shell
-from sqlqueue.cli.shared import (
+from sqlqueue.cli.supervisor import Processes, Supervisor
+from sqlqueue.cli.words import (
     CONTEXT,
     FAILED,
+    KEYWORD,
     Commands,
     app_option,
     apps_option,
-    arguments,
     count,
     duration,
     failure,
     json_option,
+    json_or_text,
     numbers,
     option,
     seconds,
@@ -49,13 +51,10 @@ from sqlqueue.cli.shared import (
     write_result,
     yes_option,
 )
-from sqlqueue.cli.supervisor import Processes, Supervisor
-from sqlqueue.cli.watch import doctor, health, sql, stats, top, why
-from sqlqueue.codec import encode_value
+from sqlqueue.codec import encode_call, encode_value
 from sqlqueue.link import async_engine, driver_of
-from sqlqueue.policy import Unique
 from sqlqueue.queue import Queue
-from sqlqueue.reports.control import Control, misuse
+from sqlqueue.reports import Control, misuse
 from sqlqueue.task import Task
 from sqlqueue.worker import WorkerOptions
 
@@ -80,12 +79,9 @@ def main() -> None:
     """
 
 
-for command in (
-    *(jobs, failures, queues, workers, tasks, schedules),
-    *(why, stats, top, sql, health, doctor),
-    *(init, prune, report, shell, completion, dashboard),
-):
-    main.add_command(command)
+main.add_command(jobs)
+main.add_command(queues)
+main.add_command(schedules)
 
 # The database and the workers
 
@@ -100,19 +96,16 @@ def config(control: Control) -> None:
 
 @main.command()
 @option("--folder", type=click.Path(path_type=Path), help="Text files to work on.")
-@option("--port", type=int, default=8787, help="Of the dashboard, on a terminal; 0 for any.")
-@option("--no-browser", is_flag=True, help="Do not open it in a browser.")
 @click.pass_context
-def demo(ctx: click.Context, folder: Path | None, port: int, no_browser: bool) -> None:
+def demo(ctx: click.Context, folder: Path | None) -> None:
     """Run real jobs, and check them.
 
-    They run on a Postgres of their own, which leaves nothing behind. On a terminal the dashboard
-    is served until Ctrl-C.
+    They run on a Postgres of their own, which leaves nothing behind.
     """
     from sqlqueue.demo import demo
 
     with misuse():
-        ctx.exit(demo(folder, port, browses=not no_browser))
+        ctx.exit(demo(folder))
 
 
 @main.command()
@@ -173,8 +166,6 @@ def migrate(control: Control, /, action: str, revision: str | None, **given: Any
 @option("--max-rss", type=size, help="Replace those with more memory, such as 512M.")
 @option("--child-age", type=duration, help="Age of a child process.")
 @option("--child-rss", type=size, help="Memory of a child process, such as 512M.")
-@option("--exclude", multiple=True, metavar="QUEUE", help="Not this queue; may be repeated.")
-@option("--health-port", type=int, help="Answer /live, /ready, /started and /metrics here.")
 @option("--reload", is_flag=True, help="Start anew when Python files in this folder change.")
 @click.pass_context
 def worker(ctx: click.Context, /, queues: Sequence[str], **given: Any) -> None:
@@ -197,20 +188,15 @@ def worker(ctx: click.Context, /, queues: Sequence[str], **given: Any) -> None:
     given["child_bytes"] = given.pop("child_rss")
     from sqlqueue.integrations.alembic import check
 
-    excluded, port = set(given.pop("exclude")), given.pop("health_port")
     with misuse():
         examples = [load().worker(*queues, **given) for load in control.loaders]
     first, *others = [
-        Served(load, [name for name in queues or one.lanes.names if name not in excluded])
+        Served(load, queues or one.lanes.names)
         for load, one in zip(control.loaders, examples, strict=True)
     ]
     if not others:  # a worker of several waits for each of them
         check(control.queue.engine, control.queue.store.schema)
-    if not all(one.names for one in (Served(*first), *others)):
-        raise click.UsageError("no queue is left to serve")
     control.start_log()
-    if port is not None:
-        os.environ["SQLQUEUE_PROBES"] = str(port)  # for the worker processes
     ctx.exit(Supervisor(*first, examples[0].options, processes, others).run())
 
 
@@ -245,8 +231,6 @@ def reload(grace: timedelta) -> None:
 @option("--at", type=time, help="Not to start before this.")
 @option("--expires", type=duration, help="Ends as expired unless started within this.")
 @option("--priority", type=int, help="-100 to 100, small is urgent.")
-@option("--key", help="What limits, shares and order go by.")
-@option("--unique", metavar="KEY", help="Only one such job at a time.")
 @option("--tag", multiple=True, help="Word for people and tools; may be repeated.")
 @option("--attempts", type=count, help="Runs that may fail, the first included.")
 @wait_option
@@ -274,12 +258,36 @@ def enqueue(control: Control, /, task: str, words: Sequence[str], **given: Any) 
 
 def options_of(target: AnyTask | Queue, given: dict[str, Any]) -> dict[str, Any]:
     """Return the options of a job that were given, under their names in Options."""
-    options = {name: given[name] for name in ("queue", "delay", "expires", "priority", "key")}
-    options["unique"] = Unique(key=given["unique"]) if given["unique"] else None
+    options = {name: given[name] for name in ("queue", "delay", "expires", "priority")}
     options |= {"run_at": given["at"], "tags": given["tag"] or None}
     if given["attempts"] is not None:
         options["retry"] = replace(target.options.retry, attempts=given["attempts"])
     return {name: value for name, value in options.items() if value is not None}
+
+
+def arguments(
+    task: AnyTask | None, words: Iterable[str], source: str | None
+) -> tuple[Args, Kwargs]:
+    """Read the arguments of a call; those of a task that is known, by its annotations.
+
+    Raises ValueError or TypeError for what cannot be read or does not fit.
+    """
+    args: Args = []
+    kwargs: Kwargs = {}
+    if source is not None:
+        if source != "-" and not source.startswith("@"):
+            raise ValueError(f"--args must be @FILE or -, got {source}")
+        with click.open_file(source.removeprefix("@"), encoding="utf-8") as file:
+            document = json.load(file)
+        if not isinstance(document, list | dict):
+            raise ValueError("--args must be a JSON list or object")
+        args, kwargs = (document, {}) if isinstance(document, list) else ([], document)
+    for word in words:
+        if match := KEYWORD.fullmatch(word):
+            kwargs[match[1]] = json.loads(match[3]) if match[2] == ":=" else match[3]
+        else:
+            args.append(json_or_text(word))
+    return task.shape.decode(encode_call(tuple(args), kwargs)) if task else (args, kwargs)
 
 
 @main.command()

@@ -16,7 +16,6 @@ from functools import partial
 from time import monotonic
 from typing import Any, NamedTuple
 
-from sqlqueue.metrics import Probes
 from sqlqueue.process import die_with_parent
 from sqlqueue.queue import Queue
 from sqlqueue.worker import AHEAD, Worker, WorkerOptions
@@ -71,8 +70,6 @@ def serve(served: Sequence[Served], options: WorkerOptions, signs: Any) -> None:
     else:
         worker = Worker(served[0].load(), served[0].names, options, signs[0])
     signal.signal(signal.SIGTERM, lambda *_: worker.stop())
-    if port := os.environ.get("SQLQUEUE_PROBES"):
-        Probes(int(port), lambda: worker.workers if isinstance(worker, Crew) else [worker])
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent passes it on
     if code := worker.run() if isinstance(worker, Crew) else run(worker):
         os._exit(code)  # threads that do not end would keep this process
@@ -158,11 +155,6 @@ class Crew:
         for member in self._members:
             member.begin(self._options)
             member.signs.told = partial(self._told, member)
-
-    @property
-    def workers(self) -> list[Worker]:
-        """The worker of each database."""
-        return [one.worker for one in self._members]
 
     def stop(self) -> None:
         """Stop claiming; return. What runs has the grace period; called again, none."""

@@ -12,10 +12,10 @@ import click
 from alembic import command
 from alembic.util import CommandError
 
-from sqlqueue.cli.shared import FAILED, confirm, failure
+from sqlqueue.cli.words import FAILED, confirm, failure
 from sqlqueue.integrations.alembic import check, config, current, goes_down, head, migrate
 from sqlqueue.integrations.roles import make_roles, roles_script
-from sqlqueue.reports.control import Control, misuse
+from sqlqueue.reports import Control, misuse
 
 REVISION = re.compile(r"(head|base|\d{4})(:(head|base|\d{4}))?")
 

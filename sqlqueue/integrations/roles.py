@@ -7,12 +7,13 @@ import re
 from collections.abc import Sequence
 from datetime import timedelta
 from functools import partial
+from importlib.resources import files
 
 import psycopg
 from sqlalchemy import Engine
 
 from sqlqueue.errors import IdOutOfRange, QueueFull
-from sqlqueue.integrations.alembic import LOCK_TIMEOUT, folder
+from sqlqueue.integrations.alembic import LOCK_TIMEOUT
 from sqlqueue.queue import Queue
 from sqlqueue.store import Executes, Params, Store, milliseconds, statement
 
@@ -47,7 +48,7 @@ def roles_script(schema: str = "sqlqueue") -> str:
 
     Raises ValueError for a schema that is no plain name.
     """
-    return _in_schema((folder() / "roles.sql").read_text("utf-8"), schema)
+    return _in_schema((files("sqlqueue") / "integrations" / "roles.sql").read_text("utf-8"), schema)
 
 
 def make_roles(

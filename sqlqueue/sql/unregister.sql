@@ -4,4 +4,7 @@
 -- index   worker_pkey
 -- locks   the worker's row
 -- caller  Worker, at its end
-select sqlqueue.unregister(:worker)
+update sqlqueue.worker
+set died_at = now()
+where id = :worker
+returning id

@@ -1,10 +1,10 @@
-"""What must hold at every commit, whatever has happened: migrations/invariants.sql."""
+"""What must hold at every commit, whatever has happened: sqlqueue/cli/invariants.sql."""
+
+from importlib.resources import files
 
 from sqlalchemy import Connection, Engine
 
-from sqlqueue.integrations.alembic import folder
-
-INVARIANTS = (folder() / "invariants.sql").read_text("utf-8")
+INVARIANTS = (files("sqlqueue") / "cli" / "invariants.sql").read_text("utf-8")
 
 
 def violations(conn: Connection, schema: str = "sqlqueue") -> list[tuple[str, str, str]]:

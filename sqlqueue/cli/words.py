@@ -1,36 +1,31 @@
 """What commands share: how words are read, how failures end, the options that several have."""
 
-import getpass
 import json
 import re
 import sys
-from collections.abc import Callable, Iterable
 from contextlib import suppress
 from datetime import datetime, timedelta
 from functools import partial
-from socket import gethostname
-from time import sleep
 from typing import Any
 from uuid import UUID
 
 import click
 from click.core import ParameterSource
 
-from sqlqueue.codec import encode_call, encode_value
+from sqlqueue.codec import encode_value
 from sqlqueue.errors import JobNotFound, NotEnded, SchemaMismatch, SqlqueueError
 from sqlqueue.job import Job
 from sqlqueue.link import DatabaseError
 from sqlqueue.policy import Rate
-from sqlqueue.reports import Row
-from sqlqueue.reports.control import Choice, Control
-from sqlqueue.reports.hiding import hidden
-from sqlqueue.reports.verbs import Operator
-from sqlqueue.reports.written import inert
-from sqlqueue.task import Task
+from sqlqueue.reports import Choice, Control, inert
 
 # Exit codes; 0 is done, and 2, which is click's, misused.
 FAILED, UNREACHABLE, SCHEMA, NOTHING, IN_PART, TOO_LONG, INTERRUPTED = 1, 3, 4, 5, 6, 124, 130
 CODES: dict[type, int] = {JobNotFound: NOTHING, SchemaMismatch: SCHEMA}
+LIVE = ("scheduled", "waiting", "ready", "running")
+RETRYABLE = ("failed", "cancelled")  # as retry.sql has it
+STATES = (*LIVE, "succeeded", *RETRYABLE, "expired")
+MOST = 10_000  # jobs that one command changes
 SECONDS = {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400}
 SIZES = {"": 0, "K": 10, "M": 20, "G": 30}  # powers of two
 KEYWORD = re.compile(r"([A-Za-z_]\w*)(:?=)(.*)", re.DOTALL)
@@ -162,7 +157,6 @@ apps_option = app(callback=keep_all, multiple=True, help="Application; may be re
 json_option = setting("--json", is_flag=True, help="Write one JSON document.")
 yes_option = option("--yes", is_flag=True, help="Do not ask.")
 dry_run_option = option("--dry-run", is_flag=True, help="Say what would happen; change nothing.")
-where_option = option("--where", metavar="SEARCH", help="Only those that a search finds.")
 wait_option = option("--wait", is_flag=True, help="Wait for the job, and write its result.")
 wait_for_option = option("--wait-for", type=duration, help="Wait so long at most, else exit 124.")
 words_argument = click.argument("words", metavar="[ARG...] [k=v] [k:=JSON]", nargs=-1)
@@ -175,49 +169,4 @@ def write_result(control: Control, job_id: UUID, *, wait: bool, wait_for: timede
         result = job.wait(wait_for) if wait else job.result
     except NotEnded as error:
         raise failure(str(error), TOO_LONG if wait else FAILED) from error
-    click.echo(encode_value(hidden(result, control.patterns(job.task))))
-
-
-def operator(control: Control) -> Operator:
-    """Return who acts: the user of this machine, from the command line."""
-    return Operator(control.queue, getpass.getuser(), f"command line on {gethostname()}")
-
-
-def watched(control: Control, rows: Callable[[], list[Row]], every: timedelta | None) -> None:
-    """Write rows; with `every` again and again: a fresh table on a terminal, else line by line."""
-    while True:
-        found = rows()
-        if every is None:
-            return control.write(found, found)
-        if sys.stdout.isatty():
-            click.clear()
-            control.write(found, found)
-        else:
-            for row in found:
-                control.write_line(row)
-        sleep(every.total_seconds())
-
-
-def arguments(
-    task: Task[..., Any] | None, words: Iterable[str], source: str | None
-) -> tuple[list[Any], dict[str, Any]]:
-    """Read the arguments of a call; those of a task that is known, by its annotations.
-
-    Raises ValueError or TypeError for what cannot be read or does not fit.
-    """
-    args: list[Any] = []
-    kwargs: dict[str, Any] = {}
-    if source is not None:
-        if source != "-" and not source.startswith("@"):
-            raise ValueError(f"--args must be @FILE or -, got {source}")
-        with click.open_file(source.removeprefix("@"), encoding="utf-8") as file:
-            document = json.load(file)
-        if not isinstance(document, list | dict):
-            raise ValueError("--args must be a JSON list or object")
-        args, kwargs = (document, {}) if isinstance(document, list) else ([], document)
-    for word in words:
-        if match := KEYWORD.fullmatch(word):
-            kwargs[match[1]] = json.loads(match[3]) if match[2] == ":=" else match[3]
-        else:
-            args.append(json_or_text(word))
-    return task.shape.decode(encode_call(tuple(args), kwargs)) if task else (args, kwargs)
+    click.echo(encode_value(result))

@@ -1,15 +1,18 @@
-"""The application and its database: what was chosen for a command, and why.
+"""What people read: the settings and what chose them, jobs and queues; and how it is written.
 
-Settings are looked for once, when they are first needed; nothing connects before that.
+A report reads; it changes nothing. Its queries are over the documented views; what varies in them
+is a parameter, and only the name of the schema, which the Store has checked, is put in.
 """
 
 import importlib
+import json
 import os
 import sys
 import tomllib
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
 from functools import cached_property, partial
 from multiprocessing import parent_process
 from pathlib import Path
@@ -18,19 +21,187 @@ from uuid import UUID
 
 import click
 from rich.console import Console
-from sqlalchemy import URL, Connection, Engine, create_engine, make_url
+from rich.table import Table
+from rich.text import Text
+from sqlalchemy import URL, Connection, Engine, create_engine, make_url, text
 from sqlalchemy.exc import ArgumentError
 
-from sqlqueue.errors import JobNotFound
 from sqlqueue.queue import Queue
-from sqlqueue.reports import Reports, Row
-from sqlqueue.reports.hiding import shown
-from sqlqueue.reports.written import as_json, as_lines, as_table
 from sqlqueue.store import Store
 from sqlqueue.telemetry import configure_logging
 
+Row = dict[str, Any]
 WIDE = 1000  # columns
+LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 GUESSES = ("tasks", "app", "main")  # modules looked for in the current folder
+
+# Jobs that fit, newest first: ids are uuid v7, so their order is that of enqueuing.
+_JOBS = """
+select id, state, reason, queue, task, created_at, run, waited, ran, error_type
+from sqlqueue.jobs
+where (cast(:state as text) is null or state = :state)
+  and (cast(:queue as text) is null or queue = :queue)
+  and (cast(:task as text) is null or task like :task)
+order by id desc
+limit :limit
+"""
+
+# All of one job.
+_JOB = """
+select
+    id, state, reason, queue, task, description, priority, args, tags, headers, created_at, due_at,
+    expires_at, started_at, ended_at, run, attempt, attempts, crashes, timeout, worker_id, waited,
+    ran, progress, note, result, error_type, error
+from sqlqueue.jobs
+where id = :job
+"""
+
+# All runs of one job, first to last.
+_RUNS = """
+select
+    run, attempt, worker_id, started_at, ended_at, ran, outcome, final, result, error_type, error,
+    traceback
+from sqlqueue.runs
+where job_id = :job
+order by run, ended_at
+"""
+
+# The states of some jobs; those that do not exist are left out.
+_STATES = "select id, state from sqlqueue.jobs where id = any(:jobs)"
+
+# Queues that hold a job that has not ended, or that somebody has paused once.
+_QUEUES = """
+select
+    queue, ready, waiting, scheduled, running, oldest_wait, concurrency, rate, paused_at, paused_by,
+    paused_why, resumes_at
+from sqlqueue.queues
+order by queue
+"""
+_LOGS = """
+select run, at, level, logger, source, message, fields, progress
+from sqlqueue.logs
+where job_id = :job
+  and (run = :run or cast(:run as integer) is null)
+  and (level = any (:levels) or cast(:levels as text[]) is null)
+order by run, seq
+"""
+_SCHEDULES = """
+select name, task, cron, every, tz, missed, next_at, last_at, problem, paused_by, paused_why
+from sqlqueue.schedules
+order by paused_at is not null, next_at, name
+"""
+
+
+class Reports:
+    """The reports of one schema, read through one connection."""
+
+    def __init__(self, conn: Connection, schema: str) -> None:
+        self._conn = conn
+        self._schema = schema
+
+    def _rows(self, query: str, **params: Any) -> list[Row]:
+        statement = text(query.replace("sqlqueue.", f"{self._schema}."))
+        return [dict(row) for row in self._conn.execute(statement, params).mappings()]
+
+    def jobs(
+        self, *, state: str | None, queue: str | None, task: str | None, limit: int
+    ) -> list[Row]:
+        """Return the newest jobs that fit; in `task`, * and ? stand for any characters."""
+        escaped = (task or "").translate({c: f"\\{chr(c)}" for c in b"\\%_"})
+        pattern = escaped.replace("*", "%").replace("?", "_") or None
+        return self._rows(_JOBS, state=state, queue=queue, task=pattern, limit=limit)
+
+    def job(self, job_id: UUID) -> Row | None:
+        """Return all of one job, its runs under "runs"; None if there is no such job."""
+        rows = self._rows(_JOB, job=job_id)
+        return rows[0] | {"runs": self._rows(_RUNS, job=job_id)} if rows else None
+
+    def states(self, job_ids: Sequence[UUID]) -> dict[UUID, str]:
+        """Return the state of each of some jobs that exists."""
+        return {row["id"]: row["state"] for row in self._rows(_STATES, jobs=list(job_ids))}
+
+    def logs(self, job_id: UUID, run: int | None, level: str | None) -> list[Row]:
+        """Return what a job said, in all its runs or in one, from a level on."""
+        levels = list(LEVELS[LEVELS.index(level) :]) if level else None
+        return self._rows(_LOGS, job=job_id, run=run, levels=levels)
+
+    def queues(self) -> list[Row]:
+        """Return the queues with jobs that have not ended, and those that were ever paused."""
+        return self._rows(_QUEUES)
+
+    def schedules(self) -> list[Row]:
+        """Return the schedules, the next to be fired first."""
+        return self._rows(_SCHEDULES)
+
+    def now(self) -> datetime:
+        """Return the time of the database."""
+        return self._rows("select now() as now")[0]["now"]  # type: ignore[no-any-return]
+
+    def run_schedule(self, name: str) -> UUID | None:
+        """Enqueue the job of a schedule; return its id, None if the queue was full."""
+        sql = "select sqlqueue.run_schedule(:name, clock_timestamp()) as id"
+        return self._rows(sql, name=name)[0]["id"]  # type: ignore[no-any-return]
+
+
+def as_json(document: Any) -> str:
+    """Write a document: instants in UTC, durations in seconds."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, timedelta):
+            return value.total_seconds()
+        return _utc(value) if isinstance(value, datetime) else str(value)
+
+    return json.dumps(document, default=plain, ensure_ascii=False, indent=2)
+
+
+def as_lines(rows: Sequence[Row]) -> list[str]:
+    """Write a line for each row, its cells separated by tabs; what is inside them is escaped."""
+    return ["\t".join(_cell(value).translate(_CONTROLS) for value in row.values()) for row in rows]
+
+
+def as_table(rows: Sequence[Row]) -> Table:
+    """Write rows for a terminal, without empty columns; no text of a job can move the cursor."""
+    table = Table(box=None, pad_edge=False)
+    names = [name for name in rows[0] if any(row[name] is not None for row in rows)] if rows else []
+    for name in names:
+        table.add_column(name, overflow="fold", no_wrap=name != "value")
+    for row in rows:
+        table.add_row(*(Text(inert(_cell(row[name]))) for name in names))
+    return table
+
+
+def fields(job: Row) -> list[Row]:
+    """Return a job with its runs as rows of a field and its value, without empty ones."""
+    pairs = [pair for pair in job.items() if pair[0] != "runs"]
+    for run in job["runs"]:
+        pairs += [(f"run {run['run']} {name}", value) for name, value in run.items()]
+    return [{"field": name, "value": value} for name, value in pairs if value is not None]
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, timedelta):
+        return f"{value.total_seconds():.3f}s"
+    if isinstance(value, datetime):
+        return _utc(value)
+    if isinstance(value, dict | list | bool):
+        return json.dumps(value, ensure_ascii=False)
+    return str(value)
+
+
+def _utc(value: datetime) -> str:
+    return value.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+_CONTROLS = {code: repr(chr(code))[1:-1] for code in (*range(32), *range(127, 160))}
+_MOVES = {code: text for code, text in _CONTROLS.items() if chr(code) not in "\t\n"}
+
+
+def inert(text: str) -> str:
+    """Escape what would do something to a terminal, but for tabs and the ends of lines."""
+    return text.translate(_MOVES)
+
 
 # The application and its database
 
@@ -214,29 +385,10 @@ class Control:
         configure_logging()
 
     @contextmanager
-    def reports(self, begun: bool = False) -> Iterator[Reports]:
-        """Lend the reports of the database, in one transaction if it is to be `begun`."""
-        with self.queue.engine.begin() if begun else autocommit(self.queue.engine) as conn:
+    def reports(self) -> Iterator[Reports]:
+        """Lend the reports of the database."""
+        with autocommit(self.queue.engine) as conn:
             yield Reports(conn, self.queue.store.schema)
-
-    def patterns(self, task: str) -> Sequence[str]:
-        """Return the paths that a task, if it is known here, says to redact."""
-        known = self.queue.tasks.get(task)
-        return known.options.redact if known else ()
-
-    def shown(self, job_id: UUID) -> Row:
-        """Return all of a job, without what is secret. Raises JobNotFound."""
-        with self.reports() as reports:
-            found = reports.job(job_id)
-        if found is None:
-            raise JobNotFound(job_id)
-        patterns = self.patterns(found["task"])
-        return shown(found, patterns) | {"runs": [shown(run, patterns) for run in found["runs"]]}
-
-    def write_line(self, row: Row) -> None:
-        """Write one row of what goes on, as a line of cells or as a document."""
-        is_json = "json" in self.given
-        click.echo(as_json(row, indent=None) if is_json else as_lines([row])[0])
 
     def write(self, document: Any, rows: Sequence[Row]) -> None:
         """Write rows as a table, or as lines; or, if JSON is wanted, the document they show."""
