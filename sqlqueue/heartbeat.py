@@ -9,10 +9,11 @@ import logging
 import threading
 from datetime import timedelta
 from itertools import cycle
-from time import monotonic
+from time import monotonic, process_time
 from typing import TYPE_CHECKING
 
 from sqlqueue.link import Link
+from sqlqueue.process import resident_bytes
 from sqlqueue.store import Ended
 
 if TYPE_CHECKING:
@@ -53,15 +54,18 @@ class Heartbeat:
         """Beat, and compare what the worker holds with what it knows of; again in a sixth."""
         worker, store = self._worker, self._worker.queue.store
         number, began = worker.id, monotonic()
+        done = worker.taken - len(worker.runs.held)
+        usage = [float(resident_bytes()), process_time(), float(done)]
         with self.link.begin(worker.options.ttl) as conn:
-            is_alive = store.beat(conn, number)
-        if not is_alive:
+            told = store.beat(conn, number, usage)
+        if not told:
             if number == worker.id and not worker.stopped.is_set():
                 worker.fence("was declared dead")
             return self._ttl / 6
         self._beat_at = began
-        if worker.signs:
-            worker.signs.worker_id, worker.signs.beat_at = number, began
+        for _ in range({"drain": 1, "stop": 2}.get(told, 0)):
+            worker.stop()  # as a signal does, or two
+        worker.signs.worker_id, worker.signs.beat_at = number, began
         known = set(worker.runs.held.copy())
         with self.link.begin(worker.options.ttl) as conn:
             leases = store.leases(conn, number, next(self._within))

@@ -22,8 +22,9 @@ MAX_HEADER_BYTES = 8 * 1024
 MAX_KEY_BYTES = 1000  # what fits into an index together with the name of a task
 RANGES = {"priority": (-100, 100), "max_crashes": (1, 32767), "weight": (1, 1_000_000)}
 EXECUTORS = ("async", "thread", "process")
-# Options that are stored otherwise than in a column of the same name, as they are.
-DERIVED = {"retry", "expires", "tags", "headers", "weight", "unique", "log_level", "wait_if_full"}
+# Options that are stored in a column of the same name, as they are.
+PLAIN = ("queue", "priority", "delay", "run_at", "timeout", "max_crashes", "executor", "keep",
+    "description", "key")  # fmt: skip
 
 
 def check_name(what: str, name: str) -> str:
@@ -57,6 +58,7 @@ class Options:
     log_level    records of `logging` from this level on are kept with the job; as the task says
                  where it runs, whatever the call says
     wait_if_full  how long `enqueue`, in a transaction of its own, waits for room in a full queue
+    redact       paths in arguments and result, such as card.*, that nobody is shown
     """
 
     queue: str = "default"
@@ -77,6 +79,7 @@ class Options:
     unique: Unique | None = None
     log_level: int = logging.INFO
     wait_if_full: timedelta | None = None
+    redact: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         check_name("queue", self.queue)
@@ -136,8 +139,7 @@ class Options:
     def params(self) -> dict[str, str | None]:
         """The parameters of enqueue.sql, as text; made once, since tasks share their options."""
         is_relative = isinstance(self.expires, timedelta)
-        plain = [one.name for one in fields(self) if one.name not in DERIVED]
-        stored = {name: getattr(self, name) for name in plain} | {
+        stored = {name: getattr(self, name) for name in PLAIN} | {
             "attempts": self.retry.attempts,
             "retry": self.retry.to_json(),
             "expires_in": self.expires if is_relative else None,

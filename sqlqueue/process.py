@@ -142,43 +142,30 @@ def _serve(pipe: "Connection[Any, Any]", level: int) -> None:
     os.setpgid(0, 0)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     die_with_parent()
-    said = _Teller(pipe)
-    said.add(None)
+    lock = threading.Lock()
+
+    def tell(told: object) -> None:
+        with lock:  # any thread of a run may have something to say
+            pipe.send(told)
+
+    tell(None)
     logging.getLogger().setLevel(level)
     Capture.install()
     with suppress(EOFError):  # the parent is gone
         while True:
-            ended = _perform(said, *pipe.recv())
-            said.add((ended, resident_bytes()))
-
-
-class _Teller:
-    """Tells the parent what runs say; any thread of theirs may call it."""
-
-    def __init__(self, pipe: "Connection[Any, Any]") -> None:
-        self._pipe = pipe
-        self._lock = threading.Lock()
-
-    def add(self, told: object) -> None:
-        with self._lock:
-            self._pipe.send(told)
+            ended = _perform(SimpleNamespace(add=tell), *pipe.recv())
+            tell((ended, resident_bytes()))
 
 
 def _perform(said: Any, address: str, row: dict[str, Any], claimed: float) -> Ended | None:
     run = Run(SimpleNamespace(**row), None, Store(), claimed, said)
     try:
-        run.registered = _find(address)
+        run.registered = pkgutil.resolve_name(address)
+        if not isinstance(run.registered, Task):
+            raise TypeError(f"{address} is no task: a process finds tasks by the function's name")
         return InThread(Session).perform(run)
     except Exception as error:  # importing runs user code
         return run.failed(error)
-
-
-def _find(address: str) -> "Task[..., Any]":
-    """Import a task. Raises TypeError if there is something else where its function was defined."""
-    found = pkgutil.resolve_name(address)
-    if not isinstance(found, Task):
-        raise TypeError(f"{address} is no task: a process finds tasks by the function's name")
-    return found
 
 
 def resident_bytes(pid: int | str = "self") -> int:

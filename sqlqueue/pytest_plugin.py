@@ -8,12 +8,11 @@ import uuid
 from collections.abc import Callable, Iterator
 
 import pytest
-from sqlalchemy import create_engine, make_url, text
+from sqlalchemy import create_engine
 
 from sqlqueue.embedded import Server
-from sqlqueue.integrations.alembic import migrate
 from sqlqueue.queue import Queue
-from sqlqueue.testing import clean
+from sqlqueue.testing import clean, throwaway
 
 
 @pytest.fixture(scope="session")
@@ -29,16 +28,8 @@ def sqlqueue_server() -> Iterator[str]:
 @pytest.fixture(scope="session")
 def sqlqueue_url(sqlqueue_server: str) -> Iterator[str]:
     """The url of a throwaway database in which sqlqueue is migrated; dropped at the end."""
-    name = f"sqlqueue_{uuid.uuid4().hex}"
-    admin = create_engine(sqlqueue_server, isolation_level="AUTOCOMMIT")
-    with admin.connect() as conn:
-        conn.execute(text(f"create database {name}"))
-    url = make_url(sqlqueue_server).set(database=name).render_as_string(hide_password=False)
-    migrate(create_engine(url))
-    yield url
-    with admin.connect() as conn:
-        conn.execute(text(f"drop database {name} with (force)"))
-    admin.dispose()
+    with throwaway(sqlqueue_server, f"sqlqueue_{uuid.uuid4().hex}") as url:
+        yield url
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import copy
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, closing, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from datetime import timedelta
 from functools import partial
 from itertools import islice
@@ -200,21 +200,17 @@ class Queue:
         for call in calls:
             groups.setdefault((call.task, call.options.identity), []).append(call)
         added, holders = 0, dict[str, str]()
-        for same in groups.values():
-            if unique := same[0].options.unique:
-                with savepoint(conn):
-                    holders |= self._take_keys(conn, same, unique)
-                    added += self._add_same(conn, [one for one in same if one.id not in holders])
-            else:
-                added += self._add_same(conn, same)
+        for (task, _), same in groups.items():
+            options = same[0].options
+            with savepoint(conn) if options.unique else nullcontext():
+                if options.unique:
+                    holders |= self._take_keys(conn, same, options.unique)
+                new = [one for one in same if one.id not in holders]
+                if new:
+                    columns = [(one.id, one.args, one.unique_key) for one in new]
+                    ids, args, keys = zip(*columns, strict=True)
+                    added += self.store.enqueue(conn, ids, args, task, options.params, keys)
         return added, holders
-
-    def _add_same(self, conn: Executes, calls: list[Call]) -> int:
-        if not calls:
-            return 0
-        columns = [(call.id, call.args, call.unique_key) for call in calls]
-        ids, args, keys = zip(*columns, strict=True)
-        return self.store.enqueue(conn, ids, args, calls[0].task, calls[0].options.params, keys)
 
     def _take_keys(self, conn: Executes, calls: list[Call], unique: Unique) -> dict[str, str]:
         keys, ids = [call.unique_key for call in calls], [call.id for call in calls]

@@ -110,7 +110,8 @@ class Store:
     orphans     batch, worker seen to end or None -> leases of dead workers, locked
     register    ttl, pid, slots, host, name, version, queues, tasks -> its id, never used again
     unregister  worker: it has stopped
-    beat        worker -> False if it is dead and must register anew
+    beat        worker, [its bytes, seconds of processor, runs] or None -> drain or stop if it was
+                told to, else -; None if it is dead
     leases      worker, within -> {(job id, run): whether it is to be cancelled}: what it claimed
                 within that time of now (None: ever), and all that is to be cancelled
     lanes       queue, known priorities, is_suspect -> lanes not known, one in each gap
@@ -131,6 +132,7 @@ class Store:
     take_keys   keys, ids, on_conflict, until_started, period, delay, longest -> the job that holds
                 each key; None if somebody else's transaction is taking one
     log         lines as JSON: keeps what runs said
+    count_runs  counts as JSON, see Flow: adds them to what charts show
     tidy        -> a line for each partition dropped
     """
 
@@ -143,7 +145,7 @@ class Store:
         _first, "ttl", "pid", "slots", "host", "name", "version", "queues", "tasks"
     )
     unregister = Statement(list, "worker")
-    beat = Statement(bool, "worker")
+    beat = Statement(_first, "worker", "usage")
     leases = Statement(
         lambda rows: {(row.job_id, row.run): row.is_cancelled for row in rows}, "worker", "within"
     )
@@ -167,6 +169,7 @@ class Store:
         _first, "keys", "ids", "on_conflict", "until_started", "period", "delay", "longest"
     )
     log = Statement(list, "lines")
+    count_runs = Statement(list, "counts")
     set_policy = Statement(list, "scope", "name", "rules")
     tidy = Statement(lambda rows: [row[0] for row in rows])
 

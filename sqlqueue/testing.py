@@ -9,8 +9,9 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
-from sqlalchemy import text
+from sqlalchemy import create_engine, make_url, text
 
+from sqlqueue.integrations.alembic import migrate
 from sqlqueue.queue import Queue
 from sqlqueue.task import Task
 
@@ -30,26 +31,21 @@ def drain(queue: Queue, *names: str, ahead: timedelta = AT_ONCE) -> int:
 
     What fails is recorded as ever: ask the jobs. Jobs under a rate are waited for.
     """
-    total = 0
+    first = before = _count(queue)
     while True:
         move_time(queue, ahead)
-        before = _count(queue)
         queue.worker(*names, drain=True, poll=POLL, listen=False).run()
-        ran = _count(queue) - before
-        total += ran
-        if not ran or not ahead:
-            return total
+        now = _count(queue)
+        if now == before or not ahead:
+            return now - first
+        before = now
 
 
 def move_time(queue: Queue, ahead: timedelta) -> None:
     """Make jobs and schedules that are due within this time due now."""
-    if ahead:
-        _execute(
-            queue,
-            "update {0}.scheduled set due_at = now() where due_at <= now() + :ahead;"
-            "update {0}.schedule set next_at = now() where next_at <= now() + :ahead",
-            ahead=ahead,
-        )
+    for table, at in (("scheduled", "due_at"), ("schedule", "next_at")) if ahead else ():
+        sql = f"update {{0}}.{table} set {at} = now() where {at} <= now() + :ahead"
+        _execute(queue, sql, ahead=ahead)
 
 
 def clean(queue: Queue) -> None:
@@ -103,15 +99,31 @@ def eager(queue: Queue) -> Iterator[None]:
         del queue.enqueue
 
 
+@contextmanager
+def throwaway(server: str, name: str) -> Iterator[str]:
+    """Create a database on a server and migrate sqlqueue in it; lend its url, and drop it."""
+    driven = make_url(server).set(drivername="postgresql+psycopg")
+    admin = create_engine(driven, isolation_level="AUTOCOMMIT")
+    url = admin.url.set(database=name).render_as_string(hide_password=False)
+    quoted = admin.dialect.identifier_preparer.quote_identifier(name)
+    with admin.connect() as conn:
+        conn.execute(text(f"create database {quoted}"))
+        try:
+            engine = create_engine(url)
+            migrate(engine)
+            engine.dispose()
+            yield url
+        finally:
+            conn.execute(text(f"drop database {quoted} with (force)"))
+    admin.dispose()
+
+
 def _count(queue: Queue) -> int:
     count: int = _execute(queue, "select count(*) from {0}.run")[0][0]
     return count
 
 
 def _execute(queue: Queue, sql: str, **params: Any) -> list[Any]:
-    found: list[Any] = []
     with queue.engine.begin() as conn:
-        for one in sql.format(queue.store.schema).split(";"):
-            result = conn.execute(text(one), params)
-            found = list(result.all()) if result.returns_rows else []
-    return found
+        result = conn.execute(text(sql.format(queue.store.schema)), params)
+        return list(result) if result.returns_rows else []

@@ -40,6 +40,7 @@ class Upkeep:
         self._sweeps = Sweeps(10.0)
         self._rescues = Sweeps(worker.options.ttl.total_seconds() / 6)
         self._tidies = Sweeps(TIDY_EVERY)
+        self._counts = Sweeps(5.0)
 
     def look(self) -> float:
         """Do what is due; return the seconds until there is more."""
@@ -61,6 +62,10 @@ class Upkeep:
             if lines:
                 with self.link.begin(self._ttl) as conn:
                     self._store.log(conn, lines)
+        if self._counts.begin():
+            with self._worker.flow.taken() as counts, self.link.begin(self._ttl) as conn:
+                self._store.count_runs(conn, counts)
+            self._counts.end()
         self.passes += 1
         return wait
 

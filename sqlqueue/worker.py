@@ -8,18 +8,21 @@ import logging
 import os
 import random
 import socket
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from time import monotonic
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import psycopg
 
 import sqlqueue
 from sqlqueue.bell import Bell
+from sqlqueue.flow import Flow
 from sqlqueue.heartbeat import Heartbeat
 from sqlqueue.lanes import Lanes, Sweeps
 from sqlqueue.link import DatabaseError, Link
@@ -89,13 +92,15 @@ class Worker:
     Either `run()`, which returns when it has stopped, or a context manager that works in the
     background.
 
-    slots, ahead  jobs to run at a time, and to claim before there is a slot for them; may be
-                  changed at any time, by who shares a process out among workers
+    slots, ahead  jobs to run at a time, and to claim before there is a slot for them
+    left          jobs that may be claimed until it has taken so many as it should
+    around_turn   returns a context manager entered around each turn, in which who shares a process
+                  out among workers may change these
     progress      monotonic time of the last turn
     taken         jobs claimed
     idle_at       monotonic time of the last look that found nothing to do
     error         what ended a worker that should have gone on
-    signs         where it says how it is to whoever watches it, if somebody does
+    signs         where it says how it is to whoever watches it
     """
 
     def __init__(
@@ -103,12 +108,16 @@ class Worker:
     ) -> None:
         self.queue = queue
         self.options = options
-        self.signs = signs
+        self.signs = signs or SimpleNamespace()
+        self._is_watched = signs is not None
         self.lanes = Lanes.of(names)
         self.id = 0
         self.link = Link(queue.engine, queue.store)
         self.runs = Runs(self)
+        self.flow = Flow()
         self.slots, self.ahead = options.slots, AHEAD
+        self.left = options.max_jobs or sys.maxsize
+        self.around_turn: Callable[[], AbstractContextManager[None]] = nullcontext
         self.progress = monotonic()
         self.taken = 0
         self.idle_at = 0.0
@@ -191,8 +200,7 @@ class Worker:
             self.id = self.queue.store.register(
                 conn, options.ttl, pid, options.slots, host, name, sqlqueue.__version__, *serves
             )
-        if self.signs:
-            self.signs.worker_id = self.id
+        self.signs.worker_id = self.id
         log.info("worker %d: serves %s", self.id, ", ".join(self.lanes.names))
 
     # From other threads
@@ -253,9 +261,9 @@ class Worker:
         if self._has_stopped():
             self._leave()
             return 0
-        self.step()
-        if self.signs:
-            self.signs.tell(len(self.runs.held), self._room() <= 0)
+        with self.around_turn():
+            self.step()
+            self.signs.held, self.signs.is_full = len(self.runs.held), self._room() <= 0
         return self._pause()
 
     def step(self) -> int:
@@ -265,7 +273,7 @@ class Worker:
         self._check(monotonic())
         self._unsettled += self.runs.take_over()
         ended = self._unsettled[: 1 if self._isolates else None]
-        room = self._room()
+        room, tasks = self._room(), self.queue.tasks
         if not ended and room <= 0 and not self._bell.is_in_vain:
             return 0
         try:
@@ -273,8 +281,8 @@ class Worker:
                 self._bell.take_down(conn, self.id)
                 finished, locked = self._settle(conn, ended)
                 rows = self._claim(conn, room) if room > 0 else []
-                unknown = [row for row in rows if row.task not in self.queue.tasks]
-                strays = [self._stray(conn, row) for row in unknown]
+                known = [row for row in rows if row.task in tasks]
+                strays = [self._stray(conn, row) for row in rows if row.task not in tasks]
         except psycopg.DataError as error:
             # One outcome that cannot be stored must not hold up the others: find it, end it.
             if not ended:
@@ -289,7 +297,7 @@ class Worker:
         self._forget(ended, finished, locked)
         for run, end in strays:
             self.runs.hold(run, end)
-        self.runs.launch([row for row in rows if row not in unknown] if unknown else rows)
+        self.runs.launch(known)
         return len(rows)
 
     def _settle(self, conn: Executes, ended: Sequence[End]) -> tuple[set[str], set[str]]:
@@ -304,34 +312,35 @@ class Worker:
     def _forget(self, ended: list[End], finished: set[str], locked: set[str]) -> None:
         self._unsettled = self._unsettled[len(ended) :]
         self._isolates = bool(self._unsettled)
-        rans: list[float] = []
-        says_all = log.isEnabledFor(logging.DEBUG)
+        done: list[End] = []
         for run, one in ended:
             if run.key[0] in locked:
-                if one is None:
-                    one = run.failed(RuntimeError("run.finish was rolled back by the task"))
-                self._unsettled.append((run, one))
+                rolled_back = RuntimeError("run.finish was rolled back by the task")
+                self._unsettled.append((run, one or run.failed(rolled_back)))
                 continue
             self.runs.held.pop(run.key, None)
-            if one is None:
-                rans.append(run.ran or 0)
-                log.debug("job %s: run %d finished its job itself", *run.key)
-            elif run.key[0] not in finished:
+            if one is None or one.job_id in finished:
+                done.append((run, one))
+            else:
                 why = "its end is recorded already, or the job was taken from it"
                 log.warning("job %s: run %d holds its lease no more: %s", *run.key, why)
-            else:
-                if one.ran is not None:
-                    rans.append(one.ran)
-                if one.wait is not None and one.wait.total_seconds() < LOOK_EVERY:
-                    self.upkeep.wakes.set()
-                if says_all or one.outcome != "succeeded":
-                    self._report(one)
-        self.runs.tell(one for _, one in ended if one and one.job_id in finished)
+        self.flow.add(done)
+        self.runs.tell(one for _, one in done if one)
+        is_told = log.isEnabledFor(logging.DEBUG)
+        for run, one in done:
+            if one is None:
+                log.debug("job %s: run %d finished its job itself", *run.key)
+            elif is_told or one.outcome != "succeeded":
+                self._report(one)
+        rans = [ran for run, one in done if (ran := (one or run).ran) is not None]
         if rans:
             mean = sum(rans) / len(rans)
             self._usual = 0.7 * self._usual + 0.3 * mean if self._usual else mean
 
     def _report(self, one: Ended) -> None:
+        """Log how a run ended; have upkeep look if its job is to run again soon."""
+        if one.wait is not None and one.wait.total_seconds() < LOOK_EVERY:
+            self.upkeep.wakes.set()
         then = "its job ended" if one.wait is None else f"again in {one.wait}"
         is_usual = one.outcome in ("succeeded", "snoozed", "returned")
         level = logging.DEBUG if is_usual else logging.WARNING
@@ -349,9 +358,7 @@ class Worker:
         room = slots + ahead - held
         if held > slots and room < min(BATCH, ahead // 2):
             return 0  # nobody waits for it: claim more at a time
-        if self.options.max_jobs is not None:
-            room = min(room, self.options.max_jobs - self.taken)
-        return room
+        return min(room, self.left)
 
     @property
     def _is_probing(self) -> bool:
@@ -384,6 +391,7 @@ class Worker:
         else:
             self._bell.found_nothing(conn, self.id, self.listener.is_heard)
         self.taken += len(rows)
+        self.left -= len(rows)
         is_idle = sweeps and not rows and not self.runs.held and self._admits_at == NEVER
         if is_idle and self.upkeep.passes:
             self.idle_at = began
@@ -413,8 +421,7 @@ class Worker:
             for lane in store.lanes(conn, queue, [], True) if not only else ():
                 self.lanes.add(lane)
                 self._sees_suspects = self.options.suspects == "alone"
-                if self.signs:
-                    self.signs.wants_probe = True
+                self.signs.wants_probe = True
 
     def _pause(self) -> float:
         """Say for how long to sleep if nobody wakes this thread."""
@@ -451,7 +458,7 @@ class Worker:
         if self.runs.has_stale:
             self.runs.has_stale = False
             self._usual = max(self._usual, STALE)
-        if self.runs.is_stuck and self.signs and self._stop_by is None:
+        if self.runs.is_stuck and self._is_watched and self._stop_by is None:
             self.stop()  # to be replaced by a fresh process
 
     def _begin_anew(self) -> None:
@@ -475,15 +482,17 @@ class Worker:
         for _, wakes, _ in self._parts:
             wakes.set()
         if not self.runs.held:
-            with (
-                suppress(*DatabaseError),
-                self.runs.said.taken() as lines,
-                self.link.begin(self.options.ttl) as conn,
-            ):
-                if lines:
-                    self.queue.store.log(conn, lines)
-                self.queue.store.disarm(conn, self.lanes.names, self.id)
-                self.queue.store.unregister(conn, self.id)
-                # Others look for what was handed back; our own listener wakes to end.
-                self.queue.store.pass_on(conn, self.lanes.names[0], 0)
+            with suppress(*DatabaseError):
+                self._unregister()
         log.info("worker %d: stopped after %d runs", self.id, self.taken)
+
+    def _unregister(self) -> None:
+        store, said, patience = self.queue.store, self.runs.said, self.options.ttl
+        with said.taken() as lines, self.flow.taken() as counts, self.link.begin(patience) as conn:
+            if lines:
+                store.log(conn, lines)
+            store.count_runs(conn, counts)
+            store.disarm(conn, self.lanes.names, self.id)
+            store.unregister(conn, self.id)
+            # Others look for what was handed back; our own listener wakes to end.
+            store.pass_on(conn, self.lanes.names[0], 0)

@@ -28,7 +28,7 @@ VERSION = pytest.StashKey[str]()
 TABLES = (
     "job", "ready", "waiting", "scheduled", "lease", "run", "worker", "queue", "doorbell",
     "cancel_request", "policy", "share", "bucket", "turn", "admitted", "unique_claim",
-    "schedule", "tick", "log", "verdict", "action",
+    "schedule", "tick", "log", "verdict", "action", "flow", "total", "depth", "mute",
 )  # fmt: skip
 
 

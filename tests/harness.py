@@ -181,3 +181,13 @@ def _processes() -> Iterator[tuple[int, str, int]]:
         except OSError:
             continue  # it has ended
         yield int(folder.name), state, int(session)
+
+
+@contextmanager
+def serving(url: str) -> Iterator[str]:
+    """A dashboard of the database at `url`, in a process of its own: lends its address."""
+    command = [sys.executable, "-m", "sqlqueue", "--url", url, "dashboard", "--port", "0"]
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr
+        yield process.stderr.readline().strip().rstrip("/")
+        process.terminate()

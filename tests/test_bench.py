@@ -10,21 +10,18 @@ from dataclasses import replace
 import pytest
 from sqlalchemy import create_engine, text
 
-from sqlqueue.bench import LONG, MEASURES, measure
-from sqlqueue.bench.figure import Figure, in_turn, percentile
-from sqlqueue.bench.measures import QUICK
+from sqlqueue.bench import SHORT, measure, measures
+from sqlqueue.bench.measures import QUICK, Figure, in_turn, percentile
 
 pytestmark = pytest.mark.alone
 
-TINY = replace(
-    QUICK, pairs=1, seconds=0.05, bulk=2000, drained=1500, in_processes=30, samples=5, pinned=320
-)
+TINY = replace(QUICK, pairs=1, seconds=0.05, bulk=2000, drained=1500, in_processes=30, samples=5)
 UNITS = {
     "enqueue_1": "jobs/s", "driver_1": "jobs/s",
     "enqueue_16": "jobs/s", "driver_16": "jobs/s", "bulk": "jobs/s", "drain_async": "jobs/s",
     "drain_thread": "jobs/s", "drain_process": "jobs/s", "drain_async_2": "jobs/s",
-    "pickup_p50": "ms", "pickup_p99": "ms", "steady_p99": "ms", "cpu_per_job": "us",
-    "wal_per_job": "bytes", "pinned_claim": "ms",
+    "pickup_p50": "ms", "pickup_p99": "ms", "cpu_per_job": "us",
+    "wal_per_job": "bytes",
 }  # fmt: skip
 
 
@@ -37,7 +34,7 @@ def exists(url: str, database: str) -> bool:
 
 
 def test_every_figure_stands_beside_the_ceiling_of_its_run(server_url):
-    figures = measure(server_url, TINY, MEASURES)
+    figures = measure(server_url, TINY, SHORT)
 
     said = {figure.name: json.loads(json.dumps(figure.as_json())) for figure in figures}
     assert {name: one["unit"] for name, one in said.items()} == UNITS
@@ -53,7 +50,7 @@ def test_every_figure_stands_beside_the_ceiling_of_its_run(server_url):
 
 
 def test_ringing_is_measured_beside_silence(server_url):
-    figures = measure(server_url, TINY, {"ring": LONG["ring"]})
+    figures = measure(server_url, TINY, [measures.ring])
 
     assert [figure.name for figure in figures] == ["ring_busy", "ring_keep_up"]
     assert all(ours > 0 and silent > 0 for figure in figures for ours, silent in figure.pairs)
@@ -82,9 +79,12 @@ def test_a_percentile_is_one_of_the_values(percent, value):
 
 
 def test_standard_output_is_one_object_and_nothing_else(server_url):
-    command = [sys.executable, "-m", "sqlqueue.bench", "--quick", "--json", "--only", "bulk"]
+    program = "import sys; from sqlqueue.bench import bench, measures; "
+    program += "bench(sys.argv[1], quick=True, as_json=True, only=[measures.bulk])"
 
-    done = subprocess.run([*command, "--url", server_url], capture_output=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", program, server_url], capture_output=True, check=True
+    )
 
     assert json.loads(done.stdout).keys() == {"bulk"}
     assert b"measuring bulk" in done.stderr

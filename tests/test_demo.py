@@ -1,14 +1,18 @@
 """The demo, run as people run it: it checks itself, can be interrupted, and leaves nothing."""
 
 import os
+import pty
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import threading
+import time
+import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 
@@ -23,7 +27,7 @@ from tests.harness import ROOT, rows, wait_until
 
 PROGRAM = "import sys; from pathlib import Path; from sqlqueue.demo import demo; "
 PROGRAM += "sys.exit(demo(Path(sys.argv[1])))"
-BROKEN = {"latin-1.txt": b"d\xe9j\xe0 vu", "cut.txt": "naïve".encode()[:3]}
+BROKEN = {"latin-2.txt": b"d\xe9j\xe0 vu", "cut.txt": "naïve".encode()[:3]}
 
 
 @pytest.fixture
@@ -37,7 +41,7 @@ def area() -> Iterator[Path]:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Forty text files, two of which do not decode."""
+    """Forty text files, two of which do not decode; the demo adds others."""
     for number in range(38):
         (tmp_path / f"{number}.txt").write_text(f"number {number} has some words\n" * number)
     for name, content in BROKEN.items():
@@ -81,7 +85,7 @@ def test_the_demo_finds_that_all_its_checks_hold(folder: Path, area: Path) -> No
 
     assert (process.returncode, errors) == (0, ""), told
     assert "kill -9" in told
-    assert "the 2 that do not decode failed, no others" in told
+    assert "the 4 that do not decode failed, no others" in told
     assert told.count("✓") == len(demo.CHECKS) + 3
     assert "✗" not in told
     assert left_in(area) == []
@@ -210,3 +214,41 @@ def test_jobs_handed_back_below_the_floor_are_run_as_fast_as_others(
         with engine.begin() as conn:
             assert len(queue.store.rescue(conn, 100, dead)) == 30
         wait_until(lambda: rows(engine, "select 1 from sqlqueue.live") == [], within=6)
+
+
+def charts(url: str) -> str:
+    """The numbers of the charts on the first page, and those on top of it."""
+    with urllib.request.urlopen(url, timeout=5) as answer:
+        page = answer.read().decode()
+    return "".join(re.findall(r'points="[^"]*"|<dd>.*?</dd>', page))
+
+
+@pytest.mark.alone
+def test_m24_on_a_terminal_the_demo_serves_moving_charts_until_ctrl_c(
+    folder: Path, area: Path
+) -> None:
+    ours, theirs = pty.openpty()
+    program = PROGRAM.replace("[1])))", "[1]), 0, browses=False))")
+    with subprocess.Popen(
+        [sys.executable, "-c", program, folder],
+        cwd=ROOT, env=os.environ | {"TMPDIR": str(area), "TERM": "xterm", "COLUMNS": "200"},
+        stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True,
+    ) as process:  # fmt: skip
+        os.close(theirs)
+        told = ""
+        try:
+            while "goes on" not in told:
+                told += os.read(ours, 10_000).decode(errors="replace")
+            url = re.search(r"http://127\.0\.0\.1:\d+/", told)[0]
+            began, first = time.monotonic(), charts(url)
+            wait_until(lambda: charts(url) != first, within=10, what="a chart that moves")
+            print(f"moved after {time.monotonic() - began:.1f} s")
+            os.killpg(process.pid, signal.SIGINT)
+            with suppress(OSError):  # the terminal ends with it
+                while more := os.read(ours, 10_000):
+                    told += more.decode(errors="replace")
+            assert process.wait(30) == 0
+        finally:
+            process.kill()
+    assert told.count("✓") == len(demo.CHECKS) + 3
+    assert left_in(area) == []

@@ -38,7 +38,7 @@ ASKED: dict[str, Callable[[Store, Executes, int], object]] = {
     "next_due": lambda store, conn, worker: store.next_due(conn),
     "lanes": lambda store, conn, worker: store.lanes(conn, "default", [0, 1], False),
     "leases": lambda store, conn, worker: store.leases(conn, worker, TTL),
-    "beat": lambda store, conn, worker: store.beat(conn, worker),
+    "beat": lambda store, conn, worker: store.beat(conn, worker, [1.0, 1.0, 1.0]),
     "arm": lambda store, conn, worker: store.arm(conn, ["default", "mail"], worker, TTL),
     "disarm": lambda store, conn, worker: store.disarm(conn, ["default", "mail"], worker),
     "orphans": lambda store, conn, worker: store.orphans(conn, 500, None),

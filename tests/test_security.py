@@ -42,8 +42,20 @@ from tests.test_structure import STATEMENTS, header_of, without_comments
 
 ROOT = Path(__file__).parent.parent
 ROLES = ("enqueue", "worker", "view", "operator")
-DEFINERS = {"enqueue", "tidy", "cancel", "retry", "pause", "set_policy", "run_schedule"}
-VIEWS = {"jobs", "live", "runs", "logs", "queues", "schedules", "actions"}
+VERBS = {
+    "cancel", "retry", "pause", "set_policy", "run_schedule", "change", "note", "tell_worker",
+    "mute_failures", "remove_schedule", "set_retention",
+}  # fmt: skip
+READS = {"why", "queue_lag", "queue_wait", "past_retention", "flow_of"}  # as their owner
+PLAIN = {  # with their own rights
+    "hist_sum", "hist_add", "hist_quantile", "frame", "job_states",
+}  # fmt: skip
+DEFINERS = {"enqueue", "tidy", "count_runs"} | VERBS | READS
+VIEWS = {
+    "jobs", "live", "ended", "runs", "logs", "queues", "schedules", "actions", "failures",
+    "workers", "tasks", "minutes", "hours", "depths", "counters", "totals", "storage", "health",
+    "metrics", "counts",
+}  # fmt: skip
 # What only operators ask for; all other statements are a worker's, or those of its tasks.
 OF_OPERATORS = {"cancel", "retry", "pause", "set_policy"}
 OURS = "relnamespace = 'sqlqueue'::regnamespace and relkind in ('r', 'p', 'v', 'S')"
@@ -180,13 +192,13 @@ def test_who_may_only_enqueue_is_refused_all_else(place) -> None:
 
 
 def test_who_may_view_reads_the_views_and_nothing_else(place) -> None:
-    assert can(place, "view") == {f"select {view}" for view in VIEWS}
+    assert can(place, "view") == READS | PLAIN | {f"select {view}" for view in VIEWS}
     assert set(relations(place.engine, "v")) == VIEWS
 
 
 def test_an_operator_reads_the_views_and_has_verbs(place) -> None:
-    verbs = {"cancel", "retry", "pause", "set_policy", "run_schedule"}
-    assert can(place, "operator") == verbs | {f"select {view}" for view in VIEWS}
+    seen = READS | PLAIN | {f"select {view}" for view in VIEWS}
+    assert can(place, "operator") == VERBS | seen
 
 
 # Grants
@@ -263,10 +275,11 @@ def test_what_operators_ask_for_is_what_they_are_granted(place) -> None:
     asked = {name for name, caller in callers.items() if by_operators.match(caller)}
 
     assert asked == OF_OPERATORS
-    verbs = asked | {"run_schedule"}
-    assert granted(place.engine, "operator") == {f"EXECUTE {verb}" for verb in verbs}
+    assert asked <= VERBS
+    assert granted(place.engine, "operator") == {f"EXECUTE {verb}" for verb in VERBS}
     assert granted(place.engine, "enqueue") == {"EXECUTE enqueue"}
-    assert granted(place.engine, "view") == {f"SELECT {view}" for view in VIEWS}
+    reads = {f"EXECUTE {name}" for name in READS | PLAIN}
+    assert granted(place.engine, "view") == reads | {f"SELECT {view}" for view in VIEWS}
 
 
 ALL_RIGHTS = """

@@ -176,12 +176,12 @@ def test_a_job_that_was_started_in_time_no_longer_expires(conn, store) -> None:
 def test_a_dead_worker_can_neither_claim_nor_beat(conn, store, end) -> None:
     worker = hire(conn, store)
     (job_id,) = add(conn, store)
-    assert store.beat(conn, worker)
+    assert store.beat(conn, worker, None)
 
     end(conn, store, worker)
 
     assert claim(conn, store, worker) == []
-    assert not store.beat(conn, worker)
+    assert not store.beat(conn, worker, None)
     assert ids_in(conn, "ready") == [job_id]
     assert claim(conn, store, worker) == []  # the beat that came too late revived nobody
 
@@ -249,6 +249,12 @@ def test_a_run_that_ends_is_recorded_and_its_job_moves_on(
     assert rows(conn, "lease") == []
     run = row(conn, "run")
     assert timedelta(0) <= run.pop("ended_at") - lease["claimed_at"] < TTL
+    failure = {name: run.pop(name) for name in ("queue", "task", "fingerprint")}
+    has_failed = outcome in ("failed", "timed_out", "crashed")
+    assert (failure["queue"], failure["task"]) == (
+        ("default", "greet") if has_failed else (None, None)
+    )
+    assert bool(failure["fingerprint"]) == has_failed
     assert run == {
         "job_id": lease["job_id"],
         "run": 1,

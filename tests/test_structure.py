@@ -24,8 +24,8 @@ STATEMENTS = sorted((PACKAGE / "sql").glob("*.sql"))
 
 WORDS = {"errors", "literal", "notes", "retry", "options", "codec", "policy", "schedule"}
 STORE = {"store"}
-EDGE = {"cli", "demo", "bench", "embedded", "reports", "telemetry", "testing", "integrations",
-    "pytest_plugin", "__main__",
+EDGE = {"cli", "dashboard", "demo", "bench", "embedded", "metrics", "reports", "telemetry",
+    "testing", "integrations", "pytest_plugin", "__main__",
 }  # fmt: skip
 LAYERS = ("words", "store", "engine", "edge")
 PLACES = {"ready", "waiting", "scheduled", "lease", "run"}
@@ -207,6 +207,7 @@ VERBS: dict[str, Callable[[Store, Executes, int], object]] = ASKED | {
     ),
     "cancel": lambda store, conn, worker: store.cancel(conn, "", ""),
     "log": lambda store, conn, worker: store.log(conn, "[]"),
+    "count_runs": lambda store, conn, worker: store.count_runs(conn, "[]"),
     "retry": lambda store, conn, worker: store.retry(conn, ""),
     "due_schedules": lambda store, conn, worker: store.due_schedules(conn),
     "fire": lambda store, conn, worker: store.fire(conn, "s", [], None, None),
@@ -287,7 +288,7 @@ def test_a_statement_moves_what_its_header_says(path) -> None:
 @pytest.mark.parametrize("path", STATEMENTS, ids=lambda path: path.stem)
 def test_a_statement_names_an_index_that_exists(path) -> None:
     schema = (ROOT / "docs/reference/schema.sql").read_text("utf-8")
-    names = set(re.findall(r"create index (\w+)", schema))
+    names = set(re.findall(r"create (?:unique )?index (\w+)", schema))
     names |= {f"{table}_pkey" for table in re.findall(r"create table sqlqueue\.(\w+)", schema)}
 
     assert set(header_of(path)["index"].split(", ")) <= names | {"none", "the primary keys"}

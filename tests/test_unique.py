@@ -257,8 +257,8 @@ def unended_twice(engine: Engine) -> list[Any]:
     """The keys that more than one unended job has."""
     return rows(
         engine,
-        "select unique_key from sqlqueue.job join sqlqueue.live using (id)"
-        " group by unique_key having count(*) > 1",
+        "select live.unique_key from sqlqueue.job join sqlqueue.live using (id)"
+        " group by live.unique_key having count(*) > 1",
     )
 
 

@@ -28,6 +28,8 @@ create table sqlqueue.job (
     unique_key text,
     primary key (id)
 ) partition by range (id);
+create index job_created on sqlqueue.job using brin (created_at)
+    with (pages_per_range = 32, autosummarize = on);
 comment on table sqlqueue.job
     is 'What was asked for: a row per job, written once, never updated';
 comment on column sqlqueue.job.id
@@ -258,6 +260,9 @@ create table sqlqueue.run (
     error_type text,
     error text,
     traceback text,
+    queue text,
+    task text,
+    fingerprint text,
     primary key (job_id, run, ended_at)
 ) partition by range (ended_at);
 create index run_failed on sqlqueue.run (ended_at)
@@ -294,6 +299,12 @@ comment on column sqlqueue.run.error
     is 'its message';
 comment on column sqlqueue.run.traceback
     is 'its traceback';
+comment on column sqlqueue.run.queue
+    is 'the queue it was claimed from, if it did not succeed';
+comment on column sqlqueue.run.task
+    is 'its task, if it did not succeed';
+comment on column sqlqueue.run.fingerprint
+    is 'the same for failures with one cause, see the function fingerprint';
 
 create table sqlqueue.log (
     job_id uuid not null,
@@ -346,6 +357,11 @@ create table sqlqueue.worker (
     version text not null,
     queues text[] not null,
     tasks text[] not null,
+    told text,
+    rss_bytes bigint,
+    cpu_seconds double precision,
+    cpu double precision,
+    jobs_done bigint,
     primary key (id)
 );
 comment on table sqlqueue.worker
@@ -374,6 +390,16 @@ comment on column sqlqueue.worker.queues
     is 'the queues it serves, in order';
 comment on column sqlqueue.worker.tasks
     is 'the tasks it knows';
+comment on column sqlqueue.worker.told
+    is 'drain or stop: told by an operator; drains, stops: it knows; left: it ended in good order';
+comment on column sqlqueue.worker.rss_bytes
+    is 'memory of its process';
+comment on column sqlqueue.worker.cpu_seconds
+    is 'processor time of its process since it started';
+comment on column sqlqueue.worker.cpu
+    is 'cores that its process used between its last two beats';
+comment on column sqlqueue.worker.jobs_done
+    is 'runs that have ended in it';
 
 create table sqlqueue.queue (
     name text not null,
@@ -434,6 +460,7 @@ comment on column sqlqueue.cancel_request.reason
 create table sqlqueue.setting (
     is_only boolean not null,
     retention interval default '30 days' not null,
+    observed_at timestamptz,
     primary key (is_only)
 );
 comment on table sqlqueue.setting
@@ -442,6 +469,8 @@ comment on column sqlqueue.setting.is_only
     is 'true: the table has one row';
 comment on column sqlqueue.setting.retention
     is 'how long history is kept';
+comment on column sqlqueue.setting.observed_at
+    is 'the minute in which levels were sampled last';
 
 create table sqlqueue.action (
     id bigint generated always as identity,
@@ -717,3 +746,126 @@ comment on column sqlqueue.tick.at
     is 'the instant';
 comment on column sqlqueue.tick.job_id
     is 'the job that was enqueued; null: the queue was full';
+
+create table sqlqueue.flow (
+    id bigint generated always as identity,
+    at timestamptz not null,
+    step text default 'open' not null,
+    queue text not null,
+    task text not null,
+    enqueued bigint default 0 not null,
+    started bigint default 0 not null,
+    succeeded bigint default 0 not null,
+    failed bigint default 0 not null,
+    retried bigint default 0 not null,
+    cancelled bigint default 0 not null,
+    waited bigint[],
+    ran bigint[],
+    primary key (id),
+    check (step in ('open', 'minute', 'hour'))
+);
+create index flow_at on sqlqueue.flow (at);
+create unique index flow_once on sqlqueue.flow (step, at, queue, task) where step <> 'open';
+comment on table sqlqueue.flow
+    is 'How many jobs came and went in a time: added to by workers, folded by upkeep';
+comment on column sqlqueue.flow.id
+    is 'their order';
+comment on column sqlqueue.flow.at
+    is 'beginning of the minute or hour, by the clock of the database';
+comment on column sqlqueue.flow.step
+    is 'open: to be folded into a minute; minute, kept for two days; hour, kept as long as history';
+comment on column sqlqueue.flow.queue
+    is 'the queue';
+comment on column sqlqueue.flow.task
+    is 'the task';
+comment on column sqlqueue.flow.enqueued
+    is 'jobs enqueued';
+comment on column sqlqueue.flow.started
+    is 'runs that ended';
+comment on column sqlqueue.flow.succeeded
+    is 'jobs that succeeded';
+comment on column sqlqueue.flow.failed
+    is 'jobs that failed, also by timeout or crash, or expired';
+comment on column sqlqueue.flow.retried
+    is 'runs that failed and left attempts';
+comment on column sqlqueue.flow.cancelled
+    is 'jobs that were cancelled';
+comment on column sqlqueue.flow.waited
+    is 'histogram of waits of the runs begun; bucket i, from 0, ends at 2^(i/2) ms';
+comment on column sqlqueue.flow.ran
+    is 'histogram of how long the runs that ended took';
+
+create table sqlqueue.total (
+    queue text not null,
+    task text not null,
+    enqueued bigint default 0 not null,
+    started bigint default 0 not null,
+    succeeded bigint default 0 not null,
+    failed bigint default 0 not null,
+    retried bigint default 0 not null,
+    cancelled bigint default 0 not null,
+    waited bigint[],
+    ran bigint[],
+    primary key (queue, task)
+);
+comment on table sqlqueue.total
+    is 'The sums of all that was ever folded: they never fall';
+comment on column sqlqueue.total.queue
+    is 'the queue';
+comment on column sqlqueue.total.task
+    is 'the task';
+comment on column sqlqueue.total.enqueued
+    is 'jobs enqueued';
+comment on column sqlqueue.total.started
+    is 'runs that ended';
+comment on column sqlqueue.total.succeeded
+    is 'jobs that succeeded';
+comment on column sqlqueue.total.failed
+    is 'jobs that failed, also by timeout or crash, or expired';
+comment on column sqlqueue.total.retried
+    is 'runs that failed and left attempts';
+comment on column sqlqueue.total.cancelled
+    is 'jobs that were cancelled';
+comment on column sqlqueue.total.waited
+    is 'histogram of how long the runs that ended had waited';
+comment on column sqlqueue.total.ran
+    is 'histogram of how long the runs that ended took';
+
+create table sqlqueue.depth (
+    at timestamptz not null,
+    queue text not null,
+    ready bigint not null,
+    waiting bigint not null,
+    scheduled bigint not null,
+    running bigint not null,
+    oldest_wait interval,
+    primary key (at, queue)
+);
+comment on table sqlqueue.depth
+    is 'The level of each queue, sampled each minute; of old days each hour';
+comment on column sqlqueue.depth.at
+    is 'when: beginning of the minute';
+comment on column sqlqueue.depth.queue
+    is 'the queue';
+comment on column sqlqueue.depth.ready
+    is 'jobs that might run then, at most 10,001 of a priority';
+comment on column sqlqueue.depth.waiting
+    is 'jobs that waited under a policy';
+comment on column sqlqueue.depth.scheduled
+    is 'jobs that might run later';
+comment on column sqlqueue.depth.running
+    is 'jobs that ran';
+comment on column sqlqueue.depth.oldest_wait
+    is 'of those at the heads of its lanes';
+
+create table sqlqueue.mute (
+    fingerprint text not null,
+    until timestamptz not null,
+    primary key (fingerprint)
+);
+comment on table sqlqueue.mute
+    is 'Causes of failures that need no attention for a while';
+comment on column sqlqueue.mute.fingerprint
+    is 'the cause';
+comment on column sqlqueue.mute.until
+    is 'when it needs attention again';

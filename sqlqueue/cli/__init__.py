@@ -5,13 +5,12 @@ stdout, the rest on stderr. What can be expected to fail ends in one message and
 """
 
 import asyncio
-import json
 import math
 import os
 import shlex
 import sys
 import traceback
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -19,42 +18,24 @@ from pdb import post_mortem
 from typing import Any
 
 import click
+from click import option
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
 from sqlqueue import __version__
-from sqlqueue.cli.control import queues, schedules
+from sqlqueue.cli import options, words
+from sqlqueue.cli.control import failures, queues, schedules, tasks, workers
 from sqlqueue.cli.crew import Served
-from sqlqueue.cli.jobs import jobs
+from sqlqueue.cli.ending import FAILED, Commands, failure
+from sqlqueue.cli.jobs import jobs, write_result
+from sqlqueue.cli.setup import completion, dashboard, init, prune, report, shell
 from sqlqueue.cli.supervisor import Processes, Supervisor
-from sqlqueue.cli.words import (
-    CONTEXT,
-    FAILED,
-    KEYWORD,
-    Commands,
-    app_option,
-    apps_option,
-    count,
-    duration,
-    failure,
-    json_option,
-    json_or_text,
-    numbers,
-    option,
-    seconds,
-    setting,
-    size,
-    time,
-    wait_for_option,
-    wait_option,
-    words_argument,
-    write_result,
-    yes_option,
-)
-from sqlqueue.codec import encode_call, encode_value
+from sqlqueue.cli.watch import doctor, health, sql, stats, top, why
+from sqlqueue.codec import encode_value
 from sqlqueue.link import async_engine, driver_of
+from sqlqueue.policy import Unique
 from sqlqueue.queue import Queue
-from sqlqueue.reports import Control, misuse
+from sqlqueue.reports.control import Control, misuse
 from sqlqueue.task import Task
 from sqlqueue.worker import WorkerOptions
 
@@ -63,14 +44,16 @@ Args = list[Any]
 Kwargs = dict[str, Any]
 
 
-@click.group(cls=Commands, context_settings=CONTEXT)
-@app_option
-@setting("--url", help="Database: postgresql://user@host/name.")
-@setting("--schema", help="Schema of the tables.")
-@json_option
-@setting("-q", "--quiet", is_flag=True, help="Log warnings only.")
-@setting("-v", "--verbose", is_flag=True, help="Log every change of state.")
-@setting("--log-format", type=click.Choice(["text", "json"]), help="How log lines are written.")
+@click.group(cls=Commands, context_settings=options.CONTEXT)
+@options.app
+@options.setting("--url", help="Database: postgresql://user@host/name.")
+@options.setting("--schema", help="Schema of the tables.")
+@options.json
+@options.setting("-q", "--quiet", is_flag=True, help="Log warnings only.")
+@options.setting("-v", "--verbose", is_flag=True, help="Log every change of state.")
+@options.setting(
+    "--log-format", type=click.Choice(["text", "json"]), help="How log lines are written."
+)
 @click.version_option(__version__, prog_name="sqlqueue")
 def main() -> None:
     """A durable task queue in the application's own Postgres.
@@ -79,16 +62,19 @@ def main() -> None:
     """
 
 
-main.add_command(jobs)
-main.add_command(queues)
-main.add_command(schedules)
+for command in (
+    *(jobs, failures, queues, workers, tasks, schedules),
+    *(why, stats, top, sql, health, doctor),
+    *(init, prune, report, shell, completion, dashboard),
+):
+    main.add_command(command)
 
 # The database and the workers
 
 
 @main.command()
 @click.pass_obj
-@json_option
+@options.json
 def config(control: Control) -> None:
     """Write the settings chosen, and why."""
     control.write(control.settings, control.settings)
@@ -96,21 +82,24 @@ def config(control: Control) -> None:
 
 @main.command()
 @option("--folder", type=click.Path(path_type=Path), help="Text files to work on.")
+@option("--port", type=int, default=8787, help="Of the dashboard, on a terminal; 0 for any.")
+@option("--no-browser", is_flag=True, help="Do not open it in a browser.")
 @click.pass_context
-def demo(ctx: click.Context, folder: Path | None) -> None:
+def demo(ctx: click.Context, folder: Path | None, port: int, no_browser: bool) -> None:
     """Run real jobs, and check them.
 
-    They run on a Postgres of their own, which leaves nothing behind.
+    They run on a Postgres of their own, which leaves nothing behind. On a terminal the dashboard
+    is served until Ctrl-C.
     """
     from sqlqueue.demo import demo
 
     with misuse():
-        ctx.exit(demo(folder))
+        ctx.exit(demo(folder, port, browses=not no_browser))
 
 
 @main.command()
 @option("--quick", is_flag=True, help="Leave out the long measures.")
-@json_option
+@options.json
 @click.pass_context
 def bench(ctx: click.Context, quick: bool) -> None:
     """Measure how fast it is here.
@@ -131,9 +120,9 @@ def bench(ctx: click.Context, quick: bool) -> None:
 @click.argument("revision", required=False)
 @option("--roles", is_flag=True, help="Make the roles and their grants, too.")
 @option("--sql", is_flag=True, help="Write the statements; connect to nothing.")
-@option("--lock-timeout", type=duration, default="2s", help="Then give up.")
-@yes_option
-@json_option
+@option("--lock-timeout", type=words.duration, default="2s", help="Then give up.")
+@options.yes
+@options.json
 @click.pass_obj
 def migrate(control: Control, /, action: str, revision: str | None, **given: Any) -> None:
     """Bring the schema to a revision.
@@ -149,23 +138,42 @@ def migrate(control: Control, /, action: str, revision: str | None, **given: Any
 
 @main.command()
 @click.argument("queues", metavar="[QUEUE[:WEIGHT]...]", nargs=-1)
-@apps_option
-@option("--processes", type=numbers, default="1", help="Worker processes: 4, or 1..4 as needed.")
-@option("--slots", type=count, default=WorkerOptions.slots, help="Jobs at a time, in each.")
-@option("--max-jobs", type=count, help="Stop after this many runs, in each.")
+@options.apps
+@option(
+    "--processes", type=words.numbers, default="1", help="Worker processes: 4, or 1..4 as needed."
+)
+@option("--slots", type=options.COUNT, default=WorkerOptions.slots, help="Jobs at a time, in each.")
+@option("--max-jobs", type=options.COUNT, help="Stop after this many runs, in each.")
 @option("--drain", is_flag=True, help="Stop when there is nothing to run.")
-@option("--poll", type=duration, default=seconds(WorkerOptions.poll), help="Longest sleep.")
+@option(
+    "--poll", type=words.duration, default=words.seconds(WorkerOptions.poll), help="Longest sleep."
+)
 @option("--no-listen", is_flag=True, help="Only poll; do without notifications.")
-@option("--grace", type=duration, default=seconds(WorkerOptions.grace), help="Time to end jobs.")
-@option("--ttl", type=duration, default=seconds(WorkerOptions.ttl), help="Silence that is death.")
+@option(
+    "--grace",
+    type=words.duration,
+    default=words.seconds(WorkerOptions.grace),
+    help="Time to end jobs.",
+)
+@option(
+    "--ttl",
+    type=words.duration,
+    default=words.seconds(WorkerOptions.ttl),
+    help="Silence that is death.",
+)
 @option("--name", help="Name, for people.")
 @option(
-    "--child-jobs", type=count, default=WorkerOptions.child_runs, help="Runs of a child process."
+    "--child-jobs",
+    type=options.COUNT,
+    default=WorkerOptions.child_runs,
+    help="Runs of a child process.",
 )
-@option("--max-age", type=duration, help="Replace worker processes that are as old.")
-@option("--max-rss", type=size, help="Replace those with more memory, such as 512M.")
-@option("--child-age", type=duration, help="Age of a child process.")
-@option("--child-rss", type=size, help="Memory of a child process, such as 512M.")
+@option("--max-age", type=words.duration, help="Replace worker processes that are as old.")
+@option("--max-rss", type=words.size, help="Replace those with more memory, such as 512M.")
+@option("--child-age", type=words.duration, help="Age of a child process.")
+@option("--child-rss", type=words.size, help="Memory of a child process, such as 512M.")
+@option("--exclude", multiple=True, metavar="QUEUE", help="Not this queue; may be repeated.")
+@option("--health-port", type=int, help="Answer /live, /ready, /started and /metrics here.")
 @option("--reload", is_flag=True, help="Start anew when Python files in this folder change.")
 @click.pass_context
 def worker(ctx: click.Context, /, queues: Sequence[str], **given: Any) -> None:
@@ -188,15 +196,20 @@ def worker(ctx: click.Context, /, queues: Sequence[str], **given: Any) -> None:
     given["child_bytes"] = given.pop("child_rss")
     from sqlqueue.integrations.alembic import check
 
+    excluded, port = set(given.pop("exclude")), given.pop("health_port")
     with misuse():
         examples = [load().worker(*queues, **given) for load in control.loaders]
     first, *others = [
-        Served(load, queues or one.lanes.names)
+        Served(load, [name for name in queues or one.lanes.names if name not in excluded])
         for load, one in zip(control.loaders, examples, strict=True)
     ]
     if not others:  # a worker of several waits for each of them
         check(control.queue.engine, control.queue.store.schema)
+    if not all(one.names for one in (Served(*first), *others)):
+        raise click.UsageError("no queue is left to serve")
     control.start_log()
+    if port is not None:
+        os.environ["SQLQUEUE_PROBES"] = str(port)  # for the worker processes
     ctx.exit(Supervisor(*first, examples[0].options, processes, others).run())
 
 
@@ -205,7 +218,7 @@ def reload(grace: timedelta) -> None:
     try:
         from watchfiles import PythonFilter, run_process
     except ImportError as error:
-        raise failure('install "sqlqueue[reload]" first', FAILED) from error
+        raise failure('install "sqlqueue[reload]" first') from error
     os.environ.pop("SQLQUEUE_WORKER_RELOAD", None)
     words = [word for word in sys.argv[1:] if word != "--reload"]
     command = shlex.join([sys.executable, "-m", "sqlqueue", *words])
@@ -223,21 +236,23 @@ def reload(grace: timedelta) -> None:
 
 @main.command()
 @click.argument("task")
-@words_argument
-@app_option
+@options.call
+@options.app
 @option("--args", metavar="@FILE|-", help="Arguments, as a JSON list or object.")
 @option("--queue", help="Where it waits.")
-@option("--delay", type=duration, help="Not to start before this has passed.")
-@option("--at", type=time, help="Not to start before this.")
-@option("--expires", type=duration, help="Ends as expired unless started within this.")
+@option("--delay", type=words.duration, help="Not to start before this has passed.")
+@option("--at", type=words.time, help="Not to start before this.")
+@option("--expires", type=words.duration, help="Ends as expired unless started within this.")
 @option("--priority", type=int, help="-100 to 100, small is urgent.")
+@option("--key", help="What limits, shares and order go by.")
+@option("--unique", metavar="KEY", help="Only one such job at a time.")
 @option("--tag", multiple=True, help="Word for people and tools; may be repeated.")
-@option("--attempts", type=count, help="Runs that may fail, the first included.")
-@wait_option
-@wait_for_option
-@json_option
+@option("--attempts", type=options.COUNT, help="Runs that may fail, the first included.")
+@options.wait
+@options.wait_for
+@options.json
 @click.pass_obj
-def enqueue(control: Control, /, task: str, words: Sequence[str], **given: Any) -> None:
+def enqueue(control: Control, /, task: str, arg: Sequence[str], **given: Any) -> None:
     """Enqueue a call; write the id of its job.
 
     ARG is JSON, or else text; k=v is text. Nothing is checked if the application does not know
@@ -246,7 +261,7 @@ def enqueue(control: Control, /, task: str, words: Sequence[str], **given: Any) 
     known = control.queue.tasks.get(task)
     target: Any = known or control.queue
     with misuse():
-        args, kwargs = arguments(known, words, given["args"])
+        args, kwargs = words.arguments(known, arg, given["args"])
         bound = target.using(**options_of(target, given))
         job = bound.enqueue(*args, **kwargs) if known else bound.send(task, *args, **kwargs)
     if given["wait"] or given["wait_for"] is not None:
@@ -258,45 +273,21 @@ def enqueue(control: Control, /, task: str, words: Sequence[str], **given: Any) 
 
 def options_of(target: AnyTask | Queue, given: dict[str, Any]) -> dict[str, Any]:
     """Return the options of a job that were given, under their names in Options."""
-    options = {name: given[name] for name in ("queue", "delay", "expires", "priority")}
+    options = {name: given[name] for name in ("queue", "delay", "expires", "priority", "key")}
+    options["unique"] = Unique(key=given["unique"]) if given["unique"] else None
     options |= {"run_at": given["at"], "tags": given["tag"] or None}
     if given["attempts"] is not None:
         options["retry"] = replace(target.options.retry, attempts=given["attempts"])
     return {name: value for name, value in options.items() if value is not None}
 
 
-def arguments(
-    task: AnyTask | None, words: Iterable[str], source: str | None
-) -> tuple[Args, Kwargs]:
-    """Read the arguments of a call; those of a task that is known, by its annotations.
-
-    Raises ValueError or TypeError for what cannot be read or does not fit.
-    """
-    args: Args = []
-    kwargs: Kwargs = {}
-    if source is not None:
-        if source != "-" and not source.startswith("@"):
-            raise ValueError(f"--args must be @FILE or -, got {source}")
-        with click.open_file(source.removeprefix("@"), encoding="utf-8") as file:
-            document = json.load(file)
-        if not isinstance(document, list | dict):
-            raise ValueError("--args must be a JSON list or object")
-        args, kwargs = (document, {}) if isinstance(document, list) else ([], document)
-    for word in words:
-        if match := KEYWORD.fullmatch(word):
-            kwargs[match[1]] = json.loads(match[3]) if match[2] == ":=" else match[3]
-        else:
-            args.append(json_or_text(word))
-    return task.shape.decode(encode_call(tuple(args), kwargs)) if task else (args, kwargs)
-
-
 @main.command()
 @click.argument("task")
-@words_argument
-@app_option
+@options.call
+@options.app
 @option("--pdb", is_flag=True, help="Debug what it raises.")
 @click.pass_context
-def call(ctx: click.Context, task: str, words: Sequence[str], pdb: bool) -> None:
+def call(ctx: click.Context, task: str, arg: Sequence[str], pdb: bool) -> None:
     """Call a task here and now, without a job.
 
     Writes its result as JSON.
@@ -304,10 +295,10 @@ def call(ctx: click.Context, task: str, words: Sequence[str], pdb: bool) -> None
     control: Control = ctx.obj
     control.start_log()
     with misuse():
-        queue = control.loader()
+        queue = control.loaders[0]()
         if not (known := queue.tasks.get(task)):
             raise ValueError(f"there is no task {task}; known: {', '.join(sorted(queue.tasks))}")
-        args, kwargs = arguments(known, words, None)
+        args, kwargs = words.arguments(known, arg)
     try:
         result = perform(queue, known, args, kwargs)
     except Exception as error:

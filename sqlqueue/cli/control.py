@@ -1,62 +1,107 @@
-"""The commands about queues and schedules."""
+"""The commands about queues, workers, tasks, failures and schedules."""
 
-import getpass
 from itertools import islice
 from typing import Any
+from uuid import UUID
 
 import click
+from click import option
 
-from sqlqueue.cli.words import NOTHING, count, duration, failure, json_option, option, rate
+from sqlqueue.cli import options, words
+from sqlqueue.cli.ending import NOTHING, confirm, failure
+from sqlqueue.cli.jobs import change
 from sqlqueue.policy import Policy
-from sqlqueue.reports import Control, misuse
+from sqlqueue.reports.control import Control, misuse
+from sqlqueue.reports.search import Search
 from sqlqueue.schedule import Schedule
 
+queues = click.Group("queues", help="Look at queues; pause, limit and empty them.")
+workers = click.Group("workers", help="Look at workers; have them end.")
+tasks = click.Group("tasks", help="Look at tasks; pause and resume them.")
+failures = click.Group("failures", help="Look at failures by cause; retry, discard, mute them.")
+schedules = click.Group("schedules", help="Look at schedules; add, pause, run and remove them.")
 
-@click.group()
-def queues() -> None:
-    """Look at queues; pause and resume them."""
+# What there is: the rows of the view of that name
 
 
-@queues.command("list")
-@json_option
-@click.pass_obj
-def list_queues(control: Control) -> None:
-    """Write the queues that have jobs which have not ended, or have ever been paused."""
+def row_of(control: Control, view: str, key: str, name: Any) -> dict[str, Any]:
+    """Return the row of a view of that name. Ends the command if there is none."""
     with control.reports() as reports:
-        rows = reports.queues()
-    control.write(rows, rows)
+        for row in reports.view(view):
+            if row[key] == name:
+                return row
+    raise failure(f"there is no {view.rstrip('s')} {name}", NOTHING)
+
+
+def looks(group: click.Group, view: str, key: str, kind: Any = str) -> None:
+    """Give a group its commands list and show."""
+    thing = view.rstrip("s")
+
+    def listed(control: Control) -> None:
+        with control.reports() as reports:
+            rows = reports.view(view)
+        control.write(rows, rows)
+
+    def one(control: Control, name: Any) -> None:
+        row = row_of(control, view, key, name)
+        pairs = [{"field": field, "value": value} for field, value in row.items()]
+        control.write(row, [pair for pair in pairs if pair["value"] is not None])
+
+    listed.__doc__ = f"Write the {view}, a line each."
+    one.__doc__ = f"Write all of a {thing}."
+    named = click.argument("name", metavar=thing.upper(), type=kind)
+    group.command("list")(options.json(click.pass_obj(listed)))
+    group.command("show")(named(options.json(click.pass_obj(one))))
+
+
+def pauses(group: click.Group, view: str, key: str) -> None:
+    """Give a group its commands pause and resume."""
+    thing = view.rstrip("s")
+
+    def pause(control: Control, /, name: str, **given: Any) -> None:
+        if thing == "schedule":
+            row_of(control, view, key, name)
+        named: Any = {thing: name}
+        with misuse():
+            by = control.operator.actor
+            control.queue.pause(**named, by=by, why=given["why"], lasts=given["for"])
+
+    def resume(control: Control, name: str) -> None:
+        row_of(control, view, key, name)
+        named: Any = {thing: name}
+        control.queue.resume(**named)
+
+    pause.__doc__ = f"Start no more jobs of a {thing} until it is resumed; running ones go on."
+    resume.__doc__ = f"Go on with a {thing}."
+    named = click.argument("name", metavar=thing.upper())
+    why = option("--why", help="Reason, for people.")
+    lasts = option("--for", type=words.duration, help="Resume after this.")
+    group.command("pause")(named(why(lasts(click.pass_obj(pause)))))
+    group.command("resume")(named(click.pass_obj(resume)))
+
+
+looks(queues, "queues", "queue")
+looks(workers, "workers", "id", int)
+looks(tasks, "tasks", "task")
+looks(failures, "failures", "fingerprint")
+looks(schedules, "schedules", "name")
+pauses(queues, "queues", "queue")
+pauses(tasks, "tasks", "task")
+pauses(schedules, "schedules", "name")
+
+# Queues
 
 
 @queues.command()
 @click.argument("queue")
-@option("--why", help="Reason, for people.")
-@option("--for", type=duration, help="Resume after this.")
-@click.pass_obj
-def pause(control: Control, /, queue: str, **given: Any) -> None:
-    """Start no more jobs of a queue until it is resumed; running ones go on."""
-    with misuse():
-        control.queue.pause(queue, by=getpass.getuser(), why=given["why"], lasts=given["for"])
-
-
-@queues.command()
-@click.argument("queue")
-@click.pass_obj
-def resume(control: Control, queue: str) -> None:
-    """Go on with the jobs of a queue."""
-    with control.reports() as reports:
-        if all(row["queue"] != queue for row in reports.queues()):
-            raise failure(f"there is no queue {queue}", NOTHING)
-    control.queue.resume(queue)
-
-
-@queues.command()
-@click.argument("queue")
-@option("--concurrency", type=count, help="Jobs that run at a time.")
-@option("--concurrency-per-key", type=count, help="Of these, with the same key.")
-@option("--rate", metavar="N/DURATION", type=rate, help="Jobs started in a time, such as 100/1m.")
-@option("--max-waiting", type=count, help="More than this are refused.")
-@option("--breaks-after", type=count, help="Failures in a row after which it pauses.")
-@option("--breaks-for", type=duration, help="For this long, then one job at a time is tried.")
+@option("--concurrency", type=options.COUNT, help="Jobs that run at a time.")
+@option("--concurrency-per-key", type=options.COUNT, help="Of these, with the same key.")
+@option("--rate", metavar="N/DURATION", type=words.rate,
+              help="Jobs started in a time, such as 100/1m.")  # fmt: skip
+@option("--max-waiting", type=options.COUNT, help="More than this are refused.")
+@option("--breaks-after", type=options.COUNT, help="Failures in a row after which it pauses.")
+@option("--breaks-for", type=words.duration,
+              help="For this long, then one job at a time is tried.")  # fmt: skip
 @option("--none", is_flag=True, help="Take all rules away.")
 @click.pass_obj
 def limit(control: Control, /, queue: str, none: bool, **given: Any) -> None:
@@ -67,29 +112,79 @@ def limit(control: Control, /, queue: str, none: bool, **given: Any) -> None:
         control.queue.set_policy(None if none else Policy(**given), queue=queue)
 
 
-@click.group()
-def schedules() -> None:
-    """Look at schedules; pause, resume and run them."""
+@queues.command()
+@click.argument("queue")
+@options.dry_run
+@options.yes
+@options.json
+@click.pass_context
+def purge(ctx: click.Context, /, queue: str, **given: Any) -> None:
+    """Delete the jobs of a queue that have not started, the newest 10,000."""
+    change(ctx, "delete", Search(f'state:scheduled,waiting,ready queue:"{queue}"'), **given)
 
 
-@schedules.command("list")
-@json_option
+# Workers
+
+
+def told(name: str, doc: str) -> None:
+    """Make a command that tells a worker something."""
+
+    def command(control: Control, worker: int) -> None:
+        if not control.operator.call("tell_worker", worker=worker, what=name):
+            raise failure(f"there is no live worker {worker}", NOTHING)
+
+    command.__doc__ = doc
+    workers.command(name)(click.argument("worker", type=int)(click.pass_obj(command)))
+
+
+told("drain", "Have a worker take no more jobs, and end within its grace period.")
+told("stop", "Have a worker hand its jobs back, and end.")
+
+# Failures
+
+
+def of_group(name: str, doc: str) -> None:
+    """Make a command for the jobs of a group of failures, or for all of them."""
+
+    def command(ctx: click.Context, /, group: str | None, all: bool, **given: Any) -> None:
+        if (group is None) != all:
+            raise click.UsageError("name a group, or give --all")
+        change(ctx, name, Search("state:failed" + (f" group:{group}" if group else "")), **given)
+
+    command.__doc__ = doc
+    made: Any = click.pass_context(command)
+    every = option("--all", is_flag=True, help="Of all groups.")
+    group = click.argument("group", required=False)
+    for one in (options.json, options.yes, options.dry_run, every, group):
+        made = one(made)
+    failures.command(name)(made)
+
+
+of_group("retry", "Retry the jobs of a group, the newest 10,000.")
+of_group("discard", "Make the jobs of a group cancelled.")
+
+
+@failures.command()
+@click.argument("group")
+@option("--for", type=words.duration, default="1d", help="For so long.")
 @click.pass_obj
-def list_schedules(control: Control) -> None:
-    """Write the schedules, the next to be fired first."""
-    with control.reports() as reports:
-        rows = reports.schedules()
-    control.write(rows, rows)
+def mute(control: Control, /, group: str, **given: Any) -> None:
+    """Say that a group needs no attention for a while."""
+    row_of(control, "failures", "fingerprint", group)
+    control.operator.call("mute_failures", fingerprint=group, lasts=given["for"])
+
+
+# Schedules
 
 
 @schedules.command("next")
 @click.argument("schedule")
-@option("--count", type=count, default=5, help="So many.")
-@json_option
+@option("--count", type=options.COUNT, default=5, help="So many.")
+@options.json
 @click.pass_obj
 def next_times(control: Control, /, schedule: str, **given: Any) -> None:
     """Write the next instants of a schedule."""
-    row = found(control, schedule)
+    row = row_of(control, "schedules", "name", schedule)
     when = Schedule(cron=row["cron"], every=row["every"], tz=row["tz"])
     with control.reports() as reports:
         rows = [{"at": at} for at in islice(when.after(reports.now()), given["count"])]
@@ -101,36 +196,37 @@ def next_times(control: Control, /, schedule: str, **given: Any) -> None:
 @click.pass_obj
 def run_now(control: Control, schedule: str) -> None:
     """Enqueue the job of a schedule now; its instants stay as they are."""
-    found(control, schedule)
-    with control.reports() as reports:
-        click.echo(reports.run_schedule(schedule))
+    row_of(control, "schedules", "name", schedule)
+    made: UUID | None = control.operator.call("run_schedule", name=schedule)
+    click.echo(made)
 
 
-@schedules.command("pause")
-@click.argument("schedule")
-@option("--why", help="Reason, for people.")
-@option("--for", type=duration, help="Resume after this.")
+@schedules.command()
+@click.argument("name")
+@click.argument("task")
+@options.call
+@option("--cron", help="When: a cron line, or an alias such as @hourly.")
+@option("--every", type=words.duration, help="Or at this interval.")
+@option("--tz", default="UTC", help="Time zone of the cron line.")
+@option("--queue", help="Where its jobs go.")
 @click.pass_obj
-def pause_schedule(control: Control, /, schedule: str, **given: Any) -> None:
-    """Fire a schedule no more until it is resumed."""
-    found(control, schedule)
-    by, why, lasts = getpass.getuser(), given["why"], given["for"]
-    control.queue.pause(schedule=schedule, by=by, why=why, lasts=lasts)
+def add(control: Control, /, name: str, task: str, queue: str | None, **given: Any) -> None:
+    """Add a schedule, or change it; it lives in the database."""
+    with misuse():
+        known = control.queue.tasks.get(task)
+        args, kwargs = words.arguments(known, given.pop("arg"))
+        target: Any = known or control.queue
+        bound = target.using(queue=queue) if queue else target.using()
+        call = bound.s(*args, **kwargs) if known else bound._call(task, args, kwargs)
+        control.queue.set_schedule(name, call, Schedule(**given))
 
 
-@schedules.command("resume")
+@schedules.command()
 @click.argument("schedule")
+@options.yes
 @click.pass_obj
-def resume_schedule(control: Control, schedule: str) -> None:
-    """Fire a schedule again, from now on."""
-    found(control, schedule)
-    control.queue.resume(schedule=schedule)
-
-
-def found(control: Control, schedule: str) -> dict[str, Any]:
-    """Return the row of a schedule. Ends the command if there is none."""
-    with control.reports() as reports:
-        for row in reports.schedules():
-            if row["name"] == schedule:
-                return row
-    raise failure(f"there is no schedule {schedule}", NOTHING)
+def remove(control: Control, schedule: str, yes: bool) -> None:
+    """Remove a schedule; one that code declares comes back with its workers."""
+    row_of(control, "schedules", "name", schedule)
+    confirm(f"remove schedule {schedule}?", yes)
+    control.operator.call("remove_schedule", name=schedule)

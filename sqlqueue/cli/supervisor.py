@@ -18,7 +18,7 @@ from datetime import timedelta
 from multiprocessing import connection
 from multiprocessing.sharedctypes import RawArray
 from time import monotonic
-from typing import Any, NamedTuple
+from typing import Any
 
 from sqlqueue.cli.crew import Load, Served, Signs, serve
 from sqlqueue.link import DatabaseError, Link
@@ -130,20 +130,22 @@ class _StandIn:
     def _beat(self, worker: int, signs: Signs) -> None:
         try:
             with self._transaction() as conn:
-                is_alive = self._store.beat(conn, worker)
+                is_alive = self._store.beat(conn, worker, None)
             if is_alive:
                 signs.is_full = True  # it takes no turns either; its next one says anew
         except DatabaseError as error:
             log.warning("no beat for worker %d: %s", worker, error)
 
 
-class _Child(NamedTuple):
+@dataclass(eq=False)
+class _Child:
     options: WorkerOptions
     stand_ins: Sequence[_StandIn]
     signs: Any  # an array: for each of these, those of its worker here
     process: Any
     started_at: float
     ends_at: float
+    is_leaving: bool = False  # was told to stop, and goes on without being counted
 
     @property
     def is_probe(self) -> bool:
@@ -158,9 +160,9 @@ class _Child(NamedTuple):
         return sum(one.held for one in self.signs)
 
     @property
-    def has_begun(self) -> bool:
-        """Whether one of its workers, at least, has registered."""
-        return any(one.worker_id for one in self.signs)
+    def ids(self) -> list[int]:
+        """The workers in it that have registered."""
+        return [one.worker_id for one in self.signs if one.worker_id]
 
 
 class Supervisor:
@@ -185,7 +187,6 @@ class Supervisor:
         self._children: list[_Child] = []
         self._starts = [0.0] * processes.least  # when to start another worker, monotonic
         self._most = processes.most or processes.least
-        self._leaving: set[int] = set()  # processes told to stop, which go on without being counted
         self._had_room_at = self._had_need_at = monotonic()
         self._signals = 0
 
@@ -197,8 +198,7 @@ class Supervisor:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._pass_on)
         while self._children or self._starts or any(one.is_needed for one in self._stand_ins):
-            due = [at for at in self._starts if at <= monotonic() or self._signals]
-            for at in due:
+            for at in [at for at in self._starts if at <= monotonic() or self._signals]:
                 self._starts.remove(at)
                 self._start(self._options, self._stand_ins)
             connection.wait([child.process.sentinel for child in self._children], LOOK_EVERY)
@@ -227,24 +227,17 @@ class Supervisor:
     def _pass_on(self, *_: object) -> None:
         self._signals += 1
         for child in self._children:
-            if self._signals > 1 or child.process.pid not in self._leaving:
+            if self._signals > 1 or not child.is_leaving:
                 child.process.terminate()
-
-    @property
-    def _workers(self) -> list[_Child]:
-        """The children that are to stay, without a probe."""
-        mine = [child for child in self._children if not child.is_probe]
-        return [child for child in mine if child.process.pid not in self._leaving]
 
     def _adapt(self, now: float) -> None:
         """Start another worker, or stop one, by the room that there is for jobs."""
-        workers, slots = self._workers, self._options.slots
-        count = len(workers) + len(self._starts)
-        if self._starts or not workers or not all(child.is_full for child in workers):
+        workers = [one for one in self._children if not (one.is_probe or one.is_leaving)]
+        count, held = len(workers) + len(self._starts), sum(child.held for child in workers)
+        have_begun = workers and not self._starts and all(child.ids for child in workers)
+        if not have_begun or not all(child.is_full for child in workers):
             self._had_room_at = now
-        held = sum(child.held for child in workers)
-        starts = self._starts or not all(child.has_begun for child in workers)
-        if starts or held > 0.8 * slots * (count - 1):
+        if not have_begun or held > 0.8 * self._options.slots * (count - 1):
             self._had_need_at = now  # what starts is wanted
         full = now - self._had_room_at
         if full > self._processes.grow_after.total_seconds() and count < self._most:
@@ -258,30 +251,28 @@ class Supervisor:
             self._had_need_at = now
 
     def _retire(self, child: _Child) -> None:
-        self._leaving.add(child.process.pid)
+        child.is_leaving = True
         child.process.terminate()
 
     def _bury(self, child: _Child) -> None:
         """Have the jobs of a child that has ended handed back; replace it if it should go on."""
         self._children.remove(child)
-        was_leaving = child.process.pid in self._leaving
-        self._leaving.discard(child.process.pid)
+        is_counted = not (child.is_leaving or child.is_probe)
         if child.process.exitcode == 0:
             # One that has stopped by itself, drained or after so many jobs, is not replaced.
-            self._most -= not was_leaving and not child.is_probe
+            self._most -= is_counted
             return
         log.error("a worker process ended with exit code %s", child.process.exitcode)
         for stand_in, signs in zip(child.stand_ins, child.signs, strict=True):
             if signs.worker_id:
                 stand_in.bury(signs.worker_id)
-        if not child.is_probe and not was_leaving:
+        if is_counted:
             self._starts.append(child.started_at + RESTART_AFTER)
 
     def _watch(self, child: _Child) -> None:
         ttl, now = self._options.ttl.total_seconds(), monotonic()
         if now - max(one.beat_at for one in child.signs) > SILENT_TTLS * ttl:
-            ids = ", ".join(str(one.worker_id) for one in child.signs)
-            log.critical("worker %s gives no sign: killed", ids)
+            log.critical("worker %s gives no sign: killed", child.ids)
             child.process.kill()
         for stand_in, signs in zip(child.stand_ins, child.signs, strict=True):
             if signs.worker_id and now - signs.beat_at > ttl / 3:
@@ -289,7 +280,8 @@ class Supervisor:
             if signs.wants_probe:
                 signs.wants_probe = False
                 self._probe(stand_in)
-        self._renew(child, now)
+        if not (self._signals or child.is_leaving or child.is_probe):
+            self._renew(child, now)
 
     def _probe(self, stand_in: _StandIn) -> None:
         """Start a process for the suspects of a database, if there is none."""
@@ -299,13 +291,10 @@ class Supervisor:
 
     def _renew(self, child: _Child, now: float) -> None:
         """Replace a worker process that is old or large."""
-        age = now - child.started_at
-        if self._signals or age < RESTART_AFTER or child not in self._workers:
-            return
-        limit, size = self._processes.max_bytes, resident_bytes(child.process.pid)
-        is_large = limit is not None and size > limit
-        if child.has_begun and (is_large or now > child.ends_at):
-            ids = ", ".join(str(one.worker_id) for one in child.signs)
-            log.info("worker %s, %.0f s old, with %d MiB: replaced", ids, age, size >> 20)
+        age, size = now - child.started_at, resident_bytes(child.process.pid)
+        is_worn = now > child.ends_at or size > (self._processes.max_bytes or size)
+        if is_worn and child.ids and age >= RESTART_AFTER:
+            text = "worker %s, %.0f s old, with %d MiB: replaced"
+            log.info(text, child.ids, age, size >> 20)
             self._retire(child)
             self._starts.append(now)

@@ -1,43 +1,29 @@
-"""What commands share: how words are read, how failures end, the options that several have."""
+"""How the words of a command are read. What cannot be is click.BadParameter, or a ValueError."""
 
 import json
 import re
-import sys
+from collections.abc import Iterable
 from contextlib import suppress
 from datetime import datetime, timedelta
-from functools import partial
 from typing import Any
-from uuid import UUID
 
 import click
-from click.core import ParameterSource
 
-from sqlqueue.codec import encode_value
-from sqlqueue.errors import JobNotFound, NotEnded, SchemaMismatch, SqlqueueError
-from sqlqueue.job import Job
-from sqlqueue.link import DatabaseError
+from sqlqueue.codec import encode_call
 from sqlqueue.policy import Rate
-from sqlqueue.reports import Choice, Control, inert
+from sqlqueue.reports import search
+from sqlqueue.task import Task
 
-# Exit codes; 0 is done, and 2, which is click's, misused.
-FAILED, UNREACHABLE, SCHEMA, NOTHING, IN_PART, TOO_LONG, INTERRUPTED = 1, 3, 4, 5, 6, 124, 130
-CODES: dict[type, int] = {JobNotFound: NOTHING, SchemaMismatch: SCHEMA}
-LIVE = ("scheduled", "waiting", "ready", "running")
-RETRYABLE = ("failed", "cancelled")  # as retry.sql has it
-STATES = (*LIVE, "succeeded", *RETRYABLE, "expired")
-MOST = 10_000  # jobs that one command changes
-SECONDS = {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400}
 SIZES = {"": 0, "K": 10, "M": 20, "G": 30}  # powers of two
 KEYWORD = re.compile(r"([A-Za-z_]\w*)(:?=)(.*)", re.DOTALL)
-
-# Words
 
 
 def duration(text: str) -> timedelta:
     """Read a time span such as 30s."""
-    if not (match := re.fullmatch(r"(\d{1,8}(?:\.\d{1,6})?)(ms|[smhd])", text)):
-        raise click.BadParameter(f"{text!r} is no duration such as 250ms, 30s, 5m, 2h or 1d")
-    return timedelta(seconds=float(match[1]) * SECONDS[match[2]])
+    try:
+        return search.duration(text)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from error
 
 
 def rate(text: str) -> Rate:
@@ -84,89 +70,26 @@ def json_or_text(word: str) -> Any:
     return word
 
 
-# Failures
+def arguments(
+    task: Task[..., Any] | None, words: Iterable[str], source: str | None = None
+) -> tuple[list[Any], dict[str, Any]]:
+    """Read the arguments of a call; those of a task that is known, by its annotations.
 
-
-def failure(message: str, code: int) -> click.exceptions.Exit:
-    """Say what failed, and return what ends the command with an exit code."""
-    click.echo(f"Error: {inert(message)}", err=True)
-    return click.exceptions.Exit(code)
-
-
-class Commands(click.Group):
-    """The commands, whose expected failures end in a message and an exit code."""
-
-    def invoke(self, ctx: click.Context) -> Any:
-        """Run the command."""
-        try:
-            return super().invoke(ctx)
-        except (KeyboardInterrupt, click.Abort) as error:
-            raise failure("interrupted", INTERRUPTED) from error
-        except SqlqueueError as error:
-            raise failure(str(error), CODES.get(type(error), FAILED)) from error
-        except DatabaseError as error:
-            raise database_failure(error, ctx.obj) from error
-
-
-def database_failure(error: Exception, control: Control) -> click.exceptions.Exit:
-    """Say what a database error means, by its code in Postgres; without one, nothing answered."""
-    cause = getattr(error, "orig", error)
-    code = getattr(cause, "sqlstate", None)
-    at = "the database of {value}, chosen by {why}".format(**control.settings[1])
-    if code is None or code.startswith(("08", "57P")):
-        return failure(f"{at}, cannot be reached: {cause}", UNREACHABLE)
-    if code in ("3F000", "42P01", "42703", "42883"):  # no such schema, table, column, function
-        where = f"schema {control.schema.value} in {at}"
-        return failure(f"{where}, is missing or of another version: run sqlqueue migrate", SCHEMA)
-    return failure(f"{at}, refused: {cause}", FAILED)
-
-
-def confirm(question: str) -> None:
-    """Ask before a change. Ends the command unless the answer, at a terminal, is yes."""
-    if not sys.stdin.isatty():
-        raise failure("nothing was changed: without a terminal to ask at, give --yes", FAILED)
-    if not click.confirm(question, err=True):
-        raise failure("nothing was changed", FAILED)
-
-
-# Options that may stand before the command or after it, and those that several commands have
-
-
-def keep(ctx: click.Context, param: click.Parameter, value: Any) -> None:
-    """Take note of a setting and of how it was given."""
-    control = ctx.ensure_object(Control)
-    if value and param.name:
-        is_variable = ctx.get_parameter_source(param.name) is ParameterSource.ENVIRONMENT
-        variable = f"{ctx.auto_envvar_prefix}_{param.name.upper()}"
-        control.given[param.name] = Choice(value, variable if is_variable else f"--{param.name}")
-
-
-def keep_all(ctx: click.Context, param: click.Parameter, value: Any) -> None:
-    """Take note of a setting that may be repeated: of the first as `keep` does."""
-    keep(ctx, param, value and value[0])
-    ctx.ensure_object(Control).others = value[1:]
-
-
-CONTEXT = {"auto_envvar_prefix": "SQLQUEUE", "show_default": True}
-count = click.IntRange(1)
-option = click.option
-setting = partial(option, expose_value=False, callback=keep)
-app = partial(option, "-A", "--app", metavar="MODULE:ATTR", expose_value=False)
-app_option = app(callback=keep, help="Application: where its Queue is.")
-apps_option = app(callback=keep_all, multiple=True, help="Application; may be repeated.")
-json_option = setting("--json", is_flag=True, help="Write one JSON document.")
-yes_option = option("--yes", is_flag=True, help="Do not ask.")
-dry_run_option = option("--dry-run", is_flag=True, help="Say what would happen; change nothing.")
-wait_option = option("--wait", is_flag=True, help="Wait for the job, and write its result.")
-wait_for_option = option("--wait-for", type=duration, help="Wait so long at most, else exit 124.")
-words_argument = click.argument("words", metavar="[ARG...] [k=v] [k:=JSON]", nargs=-1)
-
-
-def write_result(control: Control, job_id: UUID, *, wait: bool, wait_for: timedelta | None) -> None:
-    """Write the result of a job as JSON."""
-    job = Job.get(control.plain, job_id)
-    try:
-        result = job.wait(wait_for) if wait else job.result
-    except NotEnded as error:
-        raise failure(str(error), TOO_LONG if wait else FAILED) from error
-    click.echo(encode_value(result))
+    Raises ValueError or TypeError for what cannot be read or does not fit.
+    """
+    args: list[Any] = []
+    kwargs: dict[str, Any] = {}
+    if source is not None:
+        if source != "-" and not source.startswith("@"):
+            raise ValueError(f"--args must be @FILE or -, got {source}")
+        with click.open_file(source.removeprefix("@"), encoding="utf-8") as file:
+            document = json.load(file)
+        if not isinstance(document, list | dict):
+            raise ValueError("--args must be a JSON list or object")
+        args, kwargs = (document, {}) if isinstance(document, list) else ([], document)
+    for word in words:
+        if match := KEYWORD.fullmatch(word):
+            kwargs[match[1]] = json.loads(match[3]) if match[2] == ":=" else match[3]
+        else:
+            args.append(json_or_text(word))
+    return task.shape.decode(encode_call(tuple(args), kwargs)) if task else (args, kwargs)

@@ -46,10 +46,8 @@ def migrate(
     made = config(schema, lock_timeout)
     with engine.connect() as conn:
         made.attributes["connection"] = conn
-        if goes_down(current(engine, schema), revision):
-            command.downgrade(made, revision)
-        else:
-            command.upgrade(made, revision)
+        is_down = goes_down(current(engine, schema), revision)
+        (command.downgrade if is_down else command.upgrade)(made, revision)
 
 
 def goes_down(found: str | None, revision: str) -> bool:
@@ -74,10 +72,9 @@ def check(engine: Engine, schema: str = "sqlqueue") -> None:
 
     One that this release does not know is of a later release, whose schema serves this one too.
     """
-    found = current(engine, schema)
-    wanted = head()
+    found, wanted = current(engine, schema), head()
     known = ScriptDirectory.from_config(config(schema)).walk_revisions()
-    if found != wanted and (found is None or found in {one.revision for one in known}):
+    if found != wanted and found in {None, *(one.revision for one in known)}:
         raise SchemaMismatch(
             f"schema {schema} is at revision {found or 'none'}, this release needs {wanted}: "
             f"run sqlqueue migrate"

@@ -7,7 +7,6 @@ another on the event loop, and one call of the function answers them all.
 
 import asyncio
 import inspect
-from collections import defaultdict
 from collections.abc import Callable
 from contextvars import Context
 from datetime import timedelta
@@ -19,7 +18,8 @@ from sqlqueue.queue import Queue
 from sqlqueue.task import Task
 
 R = TypeVar("R")
-Call = tuple[dict[str, Any], "asyncio.Future[Any]"]
+# Calls that are answered together, each by its key; set when there are to be no more; the answers.
+Batch = tuple[dict[object, Any], asyncio.Event, "asyncio.Task[dict[object, Any]]"]
 
 
 def batch_task(
@@ -74,55 +74,47 @@ class _Batches:
         self._function = function
         self._size = size
         self._wait = wait.total_seconds()
-        self._collected: defaultdict[Any, list[Call]] = defaultdict(list)  # by loop
-        self._running: set[asyncio.Task[None]] = set()
+        self._last: dict[Any, Batch] = {}  # by loop
 
     async def answer(self, *args: Any, **kwargs: Any) -> Any:
         """Wait for others, and for the answer to these items."""
+        items, key = self.signature.bind(*args, **kwargs).arguments, object()
         loop = asyncio.get_running_loop()
-        calls, answer = self._collected[loop], loop.create_future()
-        calls[:] = [one for one in calls if not one[1].done()]  # cancelled meanwhile
-        calls.append((self.signature.bind(*args, **kwargs).arguments, answer))
+        if loop not in self._last or self._last[loop][1].is_set():
+            calls, is_closed = dict[object, Any](), asyncio.Event()
+            work = loop.create_task(self._serve(calls, is_closed), context=Context())
+            self._last[loop] = calls, is_closed, work
+            loop.call_later(self._wait, is_closed.set)
+        calls, is_closed, work = self._last[loop]
+        calls[key] = items
         if len(calls) >= self._size:
-            self._send(loop, calls)
-        elif len(calls) == 1:
-            loop.call_later(self._wait, self._send, loop, calls)
-        return await answer
-
-    def _send(self, loop: asyncio.AbstractEventLoop, calls: list[Call]) -> None:
-        if calls is self._collected.get(loop):  # not sent already
-            del self._collected[loop]
-            task = loop.create_task(self._serve(calls), context=Context())
-            self._running.add(task)  # a loop alone would let go of it
-            task.add_done_callback(self._running.discard)
-
-    async def _serve(self, calls: list[Call]) -> None:
-        waiting = [(items, answer) for items, answer in calls if not answer.done()]
+            is_closed.set()
         try:
-            answers = await self._call(waiting)
-            if len(answers) != len(waiting):
-                raise ValueError(f"{len(answers)} answers for {len(waiting)} jobs")
-        except BaseException as error:
-            answers = [error] * len(waiting)
-        for (_, future), answer in zip(waiting, answers, strict=True):
-            if not future.done():
-                is_error = isinstance(answer, BaseException)
-                (future.set_exception if is_error else future.set_result)(answer)
+            answer = (await asyncio.shield(work))[key]
+        finally:
+            del calls[key]
+            if not calls:  # nobody waits for an answer any more
+                is_closed.set()
+                work.cancel()
+        if isinstance(answer, BaseException):
+            raise answer
+        return answer
 
-    async def _call(self, waiting: list[Call]) -> Any:
-        """Call the function; give it up when nobody waits for an answer any more."""
-        columns = {
-            name: [items[name] for items, _ in waiting] for name in self.signature.parameters
-        }
-        if inspect.iscoroutinefunction(self._function):
-            work = asyncio.ensure_future(self._function(**columns))
-        else:
-            work = asyncio.ensure_future(asyncio.to_thread(self._function, **columns))
-        all_gone = asyncio.gather(*(answer for _, answer in waiting), return_exceptions=True)
-        await asyncio.wait({work, all_gone}, return_when=asyncio.FIRST_COMPLETED)
-        if all_gone.done():
-            work.cancel()
-        return await work
+    async def _serve(self, open: dict[object, Any], is_closed: asyncio.Event) -> dict[object, Any]:
+        await is_closed.wait()
+        calls = dict(open)
+        names = self.signature.parameters
+        columns = {name: [items[name] for items in calls.values()] for name in names}
+        try:
+            if inspect.iscoroutinefunction(self._function):
+                answers = await self._function(**columns)
+            else:
+                answers = await asyncio.to_thread(self._function, **columns)
+            if len(answers) != len(calls):
+                raise ValueError(f"{len(answers)} answers for {len(calls)} jobs")
+        except BaseException as error:
+            answers = [error] * len(calls)
+        return dict(zip(calls, answers, strict=True))
 
 
 def _item_of(annotation: Any) -> Any:

@@ -3,8 +3,7 @@
 The context travels in the job's headers, as W3C Trace Context has it (`traceparent`).
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 
 from opentelemetry import propagate, trace
 
@@ -29,21 +28,16 @@ def instrument(queue: Queue) -> None:
         headers = {**call.options.headers, **carried}
         return call._replace(options=call.options.changed({"headers": headers}))
 
-    @contextmanager
-    def span(run: Run) -> Iterator[None]:
-        with tracer.start_as_current_span(
-            run.task,
-            context=propagate.extract(run.headers),
-            kind=trace.SpanKind.CONSUMER,
-            attributes={
-                "messaging.system": "sqlqueue",
-                "messaging.destination.name": run.queue,
-                "messaging.message.id": run.key[0],
-                "sqlqueue.run": run.number,
-                "sqlqueue.attempt": run.attempt,
-            },
-        ):
-            yield
+    def span(run: Run) -> AbstractContextManager[object]:
+        attributes: dict[str, str | int] = {
+            "messaging.system": "sqlqueue",
+            "messaging.destination.name": run.queue,
+            "messaging.message.id": run.key[0],
+            "sqlqueue.run": run.number,
+            "sqlqueue.attempt": run.attempt,
+        }
+        context, kind = propagate.extract(run.headers), trace.SpanKind.CONSUMER
+        return tracer.start_as_current_span(run.task, context, kind, attributes)
 
     queue.before_enqueue.append(inject)
     queue.around_run.append(span)

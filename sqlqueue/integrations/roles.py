@@ -7,40 +7,14 @@ import re
 from collections.abc import Sequence
 from datetime import timedelta
 from functools import partial
-from importlib.resources import files
 
 import psycopg
 from sqlalchemy import Engine
 
 from sqlqueue.errors import IdOutOfRange, QueueFull
-from sqlqueue.integrations.alembic import LOCK_TIMEOUT
+from sqlqueue.integrations.alembic import LOCK_TIMEOUT, folder
 from sqlqueue.queue import Queue
 from sqlqueue.store import Executes, Params, Store, milliseconds, statement
-
-_ENQUEUE = """
-select sqlqueue.enqueue(
-    cast(%(task)s as text),
-    cast(%(args)s as jsonb),
-    queue => cast(%(queue)s as text),
-    priority => cast(%(priority)s as integer),
-    delay => cast(%(delay)s as interval),
-    run_at => cast(%(run_at)s as timestamptz),
-    expires_in => cast(%(expires_in)s as interval),
-    expires_at => cast(%(expires_at)s as timestamptz),
-    timeout => cast(%(timeout)s as interval),
-    attempts => cast(%(attempts)s as integer),
-    retry => cast(%(retry)s as jsonb),
-    max_crashes => cast(%(max_crashes)s as integer),
-    keep => cast(%(keep)s as boolean),
-    executor => cast(%(executor)s as text),
-    tags => cast(%(tags)s as text[]),
-    description => cast(%(description)s as text),
-    headers => cast(%(headers)s as jsonb),
-    id => cast(%(id)s as uuid),
-    key => cast(%(key)s as text),
-    weight => cast(%(weight)s as integer)
-)
-"""
 
 
 def roles_script(schema: str = "sqlqueue") -> str:
@@ -48,7 +22,7 @@ def roles_script(schema: str = "sqlqueue") -> str:
 
     Raises ValueError for a schema that is no plain name.
     """
-    return _in_schema((files("sqlqueue") / "integrations" / "roles.sql").read_text("utf-8"), schema)
+    return _in_schema((folder() / "roles.sql").read_text("utf-8"), schema)
 
 
 def make_roles(
@@ -87,8 +61,9 @@ def _enqueue(
 ) -> int:
     for one, text in zip(ids, args, strict=True):
         params = {**options, "id": one, "args": text, "task": task}
+        given = ", ".join(f"{name} => %({name})s" for name in params)
         try:
-            conn.exec_driver_sql(_in_schema(_ENQUEUE, schema), params)
+            conn.exec_driver_sql(f"select {schema}.enqueue({given})", params)
         except psycopg.errors.ConfigurationLimitExceeded as error:
             raise QueueFull(options["queue"]) from error
         except psycopg.errors.InvalidParameterValue as error:

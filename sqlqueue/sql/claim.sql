@@ -49,7 +49,8 @@ select
     exists (
         select from sqlqueue.cancel_request where cancel_request.job_id = picked.job_id
     ) as is_cancelled,
-    cast(extract(epoch from statement_timestamp()) as double precision) as claimed_at
+    cast(extract(epoch from statement_timestamp()) as double precision) as claimed_at,
+    cast(extract(epoch from statement_timestamp() - picked.due_at) as double precision) as waited
 from picked
 left join sqlqueue.job on job.id = picked.job_id
 order by picked.seq

@@ -1,7 +1,7 @@
 -- End runs: record each outcome, and move each job to where it goes next.
 --
 -- moves   lease -> run, lease -> scheduled, lease -> ready
--- index   lease_pkey
+-- index   lease_pkey, job_pkey
 -- locks   the leases it ends; skips those locked elsewhere, so it never waits
 -- caller  Worker, once per turn; Run.finish, in the transaction of the task; rescue
 --
@@ -18,7 +18,10 @@ with counted as materialized (
         case when asked.reason is null then ended.outcome else 'cancelled' end as outcome,
         case when asked.reason is null then ended.wait end as wait,
         case when asked.reason is null then ended.error_type else 'cancelled' end as error_type,
-        coalesce(asked.reason, ended.error) as error
+        coalesce(asked.reason, ended.error) as error,
+        case when ended.outcome in ('failed', 'timed_out', 'crashed') then (
+            select task from sqlqueue.job where job.id = ended.job_id
+        ) end as task
     from unnest(
         cast(:job_ids as uuid[]), cast(:runs as integer[]), cast(:outcomes as text[]),
         cast(:waits as interval[]), cast(:rans as double precision[]),
@@ -44,11 +47,15 @@ freed as (
 recorded as (
     insert into sqlqueue.run (
         job_id, run, ended_at, started_at, due_at, worker_id, ran, attempt, crashes, is_final,
-        outcome, result, error_type, error, traceback
+        outcome, result, error_type, error, traceback, queue, task, fingerprint
     )
     select
         job_id, run, statement_timestamp(), claimed_at, due_at, worker_id, ran, failures + 1,
-        crashes_now, wait is null, outcome, result, error_type, error, traceback
+        crashes_now, wait is null, outcome, result, error_type, error, traceback,
+        case when task is not null then queue end, task,
+        case when task is not null then
+            sqlqueue.fingerprint(task, outcome, error_type, traceback)
+        end
     from counted
 ),
 back as (

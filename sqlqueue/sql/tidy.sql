@@ -4,6 +4,4 @@
 -- index   the primary keys
 -- locks   the parents of new and dropped partitions, for at most 50 ms of waiting
 -- caller  upkeep
-select sqlqueue.tidy()
-union all
-select sqlqueue.forget_keys()
+select sqlqueue.tidy() union all select sqlqueue.forget_keys()

@@ -4,7 +4,4 @@
 -- index   worker_pkey
 -- locks   the worker's row
 -- caller  Worker, at its end
-update sqlqueue.worker
-set died_at = now()
-where id = :worker
-returning id
+select sqlqueue.unregister(:worker)

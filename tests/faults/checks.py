@@ -1,10 +1,10 @@
-"""What must hold at every commit, whatever has happened: sqlqueue/cli/invariants.sql."""
-
-from importlib.resources import files
+"""What must hold at every commit, whatever has happened: migrations/invariants.sql."""
 
 from sqlalchemy import Connection, Engine
 
-INVARIANTS = (files("sqlqueue") / "cli" / "invariants.sql").read_text("utf-8")
+from sqlqueue.integrations.alembic import folder
+
+INVARIANTS = (folder() / "invariants.sql").read_text("utf-8")
 
 
 def violations(conn: Connection, schema: str = "sqlqueue") -> list[tuple[str, str, str]]:

@@ -187,7 +187,7 @@ def end(session: Session, world: World, job: str, outcome: str, wait: timedelta 
 
 def beat(session: Session, world: World, job: str) -> None:
     with session.link.begin(TTL) as conn:
-        is_alive = session.store.beat(conn, world.holder)
+        is_alive = session.store.beat(conn, world.holder, None)
         look = session.looks[-1]
     if is_alive and world.holder not in look.alive:
         world.wrong.append(f"worker {world.holder} beat, and was dead")

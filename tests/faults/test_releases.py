@@ -99,7 +99,9 @@ def test_r39_this_release_works_on_the_last_schema_or_refuses(last, url) -> None
         assert done.returncode == 0, done.stderr
         assert value(engine, "select count(*) from effect") == 9
     else:
-        refused = run(ROOT, url, "-m", "sqlqueue", "-A", "release:queue", "worker", "--drain")
+        refused = run(
+            ROOT, url, "-m", "sqlqueue", "-A", "tests.faults.release", "worker", "--drain"
+        )
         assert refused.returncode != 0
         assert "run sqlqueue migrate" in refused.stderr
         assert value(engine, "select count(*) from sqlqueue.worker") == 0

@@ -83,7 +83,7 @@ def asked_again_and_again(floor: int) -> dict[str, Ask]:
         "promote": lambda store, conn: store.promote(conn, WINDOW, 10),
         "next_due": lambda store, conn: store.next_due(conn),
         "orphans": lambda store, conn: store.orphans(conn, 10, None),
-        "beat": lambda store, conn: store.beat(conn, 1),
+        "beat": lambda store, conn: store.beat(conn, 1, None),
         "leases": lambda store, conn: store.leases(conn, 1, WINDOW),
     }
 

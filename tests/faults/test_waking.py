@@ -17,7 +17,7 @@ from sqlalchemy.exc import NotSupportedError
 from sqlqueue import Job, Queue, Task
 from sqlqueue.bench import crew
 from sqlqueue.bench import tasks as bench_tasks
-from sqlqueue.bench.figure import in_turn
+from sqlqueue.bench.measures import in_turn
 from sqlqueue.embedded import Server
 from sqlqueue.integrations.alembic import migrate
 from tests.faults.cluster import Cluster
@@ -481,11 +481,11 @@ def working(url: str, situation: str) -> Iterator[None]:
     if situation == "busy":
         naps = bench_tasks.nap.using(queue="rings")
         bench_tasks.at(url).enqueue_many(naps.s(n) for n in range(BACKLOG))
-    with crew.running(crew.worker, url, "rings", {}, copies=copies) as workers:
-        workers.ask("begin")
+    with crew.running(crew.worker, url, "rings", copies=copies) as ask:
+        ask("begin")
         threading.Event().wait(5)
         yield
-        workers.ask("stop")
+        ask("stop")
     engine.dispose()
 
 
@@ -507,7 +507,7 @@ def test_r28_ringing_costs_enqueuers_little(create_database, situation) -> None:
     ):
         heard()
         pairs = in_turn(
-            PAIRS, *(lambda some=some: sum(some.ask(("ours", 2))) for some in (ringing, quiet))
+            PAIRS, *(lambda some=some: sum(some("ours", 2)) for some in (ringing, quiet))
         )
         rung = len(heard())
     engine.dispose()

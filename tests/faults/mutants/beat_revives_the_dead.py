@@ -6,10 +6,11 @@ from tests.faults.mutants import replace
 
 BAR = "r21"
 TESTS = "tests/faults/test_permute.py"
-CONDITION = "  and died_at is null\n  and heartbeat_at > now() - ttl\n"
-REVIVED = "set heartbeat_at = now(), died_at = null"
+CONDITION = "          and died_at is null\n          and heartbeat_at > now() - ttl\n"
+BEATS = "    set heartbeat_at = now(),\n        told = case was.told"
+REVIVES = BEATS.replace("now(),", "now(), died_at = null,")
 
 
 def apply(root: Path) -> None:
-    replace(root, "sqlqueue/sql/beat.sql", CONDITION, "")
-    replace(root, "sqlqueue/sql/beat.sql", "set heartbeat_at = now()", REVIVED)
+    replace(root, "migrations/versions/0004_reports.py", CONDITION, "")
+    replace(root, "migrations/versions/0004_reports.py", BEATS, REVIVES)

@@ -75,12 +75,21 @@ grant usage on schema sqlqueue
 grant execute on function sqlqueue.enqueue to sqlqueue_enqueue;
 
 grant select on
-    sqlqueue.jobs, sqlqueue.live, sqlqueue.runs, sqlqueue.logs, sqlqueue.queues,
-    sqlqueue.schedules, sqlqueue.actions
+    sqlqueue.jobs, sqlqueue.live, sqlqueue.ended, sqlqueue.runs, sqlqueue.logs,
+    sqlqueue.queues, sqlqueue.schedules, sqlqueue.actions, sqlqueue.failures, sqlqueue.workers, sqlqueue.tasks,
+    sqlqueue.minutes, sqlqueue.hours, sqlqueue.depths, sqlqueue.counters, sqlqueue.totals,
+    sqlqueue.storage, sqlqueue.health, sqlqueue.metrics, sqlqueue.counts
+to sqlqueue_view;
+grant execute on function
+    sqlqueue.why, sqlqueue.queue_lag, sqlqueue.queue_wait, sqlqueue.hist_sum, sqlqueue.hist_add,
+    sqlqueue.hist_quantile, sqlqueue.frame, sqlqueue.job_states, sqlqueue.flow_of,
+    sqlqueue.past_retention
 to sqlqueue_view;
 
 grant execute on function
-    sqlqueue.cancel, sqlqueue.retry, sqlqueue.pause, sqlqueue.set_policy, sqlqueue.run_schedule
+    sqlqueue.cancel, sqlqueue.retry, sqlqueue.pause, sqlqueue.set_policy, sqlqueue.run_schedule,
+    sqlqueue.change, sqlqueue.note, sqlqueue.tell_worker, sqlqueue.mute_failures,
+    sqlqueue.remove_schedule, sqlqueue.set_retention
 to sqlqueue_operator;
 
 -- A worker: rows that are locked `for update` need the right to update them.
@@ -96,6 +105,7 @@ grant select, update, delete on sqlqueue.doorbell to sqlqueue_worker;
 grant select, insert on
     sqlqueue.job, sqlqueue.run, sqlqueue.log, sqlqueue.cancel_request, sqlqueue.doorbell
 to sqlqueue_worker;
+grant insert on sqlqueue.flow to sqlqueue_worker;
 grant select, update on sqlqueue.policy to sqlqueue_worker;
 grant select on
     sqlqueue.jobs, sqlqueue.queue, sqlqueue.share, sqlqueue.setting, sqlqueue.alembic_version
@@ -106,5 +116,7 @@ grant execute on function
     sqlqueue.cancel_unstarted, sqlqueue.gated, sqlqueue.admit, sqlqueue.judge,
     sqlqueue.room_in, sqlqueue.take, sqlqueue.promote, sqlqueue.rescue, sqlqueue.leases,
     sqlqueue.arm, sqlqueue.disarm, sqlqueue.lanes, sqlqueue.next_due, sqlqueue.due_schedules,
-    sqlqueue.set_schedules, sqlqueue.fire, sqlqueue.fire_at, sqlqueue.forget_keys, sqlqueue.tidy
+    sqlqueue.set_schedules, sqlqueue.fire, sqlqueue.fire_at, sqlqueue.forget_keys, sqlqueue.tidy,
+    sqlqueue.held, sqlqueue.job_states, sqlqueue.keep_lines, sqlqueue.unknown_since, sqlqueue.beat,
+    sqlqueue.unregister, sqlqueue.count_runs, sqlqueue.fingerprint, sqlqueue.frame
 to sqlqueue_worker;
